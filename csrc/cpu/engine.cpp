@@ -1,0 +1,77 @@
+// Which instruction set runs, and the per-thread scratch memory.
+#include "engine.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace effens::cpu {
+
+const Engine* const* engines() {
+  static const Engine* const all[] = {
+      &engine_baseline,
+#if defined(__x86_64__)
+      &engine_avx2, &engine_avx512, &engine_avx512_bf16, &engine_amx,
+#endif
+      nullptr};
+  return all;
+}
+
+namespace {
+
+const Engine* find(const char* name) {
+  for (const Engine* const* e = engines(); *e; ++e)
+    if (std::strcmp((*e)->name, name) == 0 && (*e)->supported()) return *e;
+  return nullptr;
+}
+
+const Engine* best() {
+  if (const char* name = std::getenv("EFFENS_CPU_ISA"); name && *name) {
+    if (const Engine* named = find(name)) return named;
+    throw std::runtime_error(std::string("EFFENS_CPU_ISA=") + name +
+                             ": unknown instruction set, or one that this processor does not have");
+  }
+  const Engine* chosen = nullptr;
+  for (const Engine* const* e = engines(); *e; ++e)
+    if ((*e)->supported()) chosen = *e;
+  return chosen;
+}
+
+const Engine*& current() {
+  static const Engine* chosen = best();
+  return chosen;
+}
+
+struct Buffer {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+const Engine& engine() { return *current(); }
+
+bool set_engine(const char* name) {
+  const Engine* named = find(name);
+  if (named) current() = named;
+  return named != nullptr;
+}
+
+void* scratch(int slot, size_t bytes) {
+  thread_local Buffer buffers[scratch_slots];
+  Buffer& buffer = buffers[slot];
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    buffer.bytes = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer.data = std::aligned_alloc(4096, rounded);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = rounded;
+  }
+  return buffer.data;
+}
+
+}  // namespace effens::cpu

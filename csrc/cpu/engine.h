@@ -1,0 +1,76 @@
+// The CPU engine's interface: one batched matrix product with work on load and on store.  Torch-free.
+//
+//   C[g] = act( sum_r A'[g, r] B[g, r] + bias[g] ),   A' = A * act'(saved)
+//
+// Every linear op of the package is one or two of these (docs/architecture.md).  A product is cut into independent
+// tasks whose results do not depend on how many threads run them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace effens::cpu {
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+// The codes of effens_kernels/ops/_activations.py.
+enum class Activation : int { none = 0, relu = 1, gelu = 2, silu = 3, tanh = 4 };
+
+// A strided matrix per output g and summand r.  Strides count elements; 0 shares, any value is allowed.
+struct Operand {
+  const void* data = nullptr;
+  int64_t batch = 0, reduce = 0, row = 0, col = 0;
+};
+
+struct Output {
+  void* data = nullptr;
+  int64_t batch = 0, row = 0, col = 1;
+};
+
+struct Gemm {
+  DType dtype = DType::f32;             // of every operand and output; sums are float, or double for f64
+  int64_t batches = 1, reduces = 1;     // outputs g, summands r per output
+  int64_t m = 0, n = 0, k = 0;
+  Operand a, b;                         // A [m, k], B [k, n]
+  Activation slope = Activation::none;  // operand transform: A * slope(saved), saved laid out as A's shape
+  Operand saved;
+  Output c;                             // C [m, n]
+  Output preactivation;                 // optional: the sum and bias before the activation
+  Activation activation = Activation::none;
+  const void* bias = nullptr;           // optional, [n] per g
+  int64_t bias_batch = 0;
+  void* row_sums = nullptr;             // optional: sum of A' over k (and r), [m] per g: the bias gradient
+  int64_t row_sums_batch = 0;
+};
+
+// How one Gemm is cut: tasks are numbered g-major, then column blocks, then row blocks.
+struct Plan {
+  int64_t row_block = 0, row_blocks = 0, col_block = 0, col_blocks = 0;
+  int64_t tasks() const { return row_blocks * col_blocks; }  // per g
+};
+
+// One instruction set's compiled engine.
+struct Engine {
+  const char* name;
+  bool (*supported)();
+  Plan (*plan)(const Gemm&, int threads);
+  void (*run)(const Gemm&, const Plan&, int64_t first_task, int64_t last_task);
+};
+
+extern const Engine engine_baseline;
+#if defined(__x86_64__)
+extern const Engine engine_avx2, engine_avx512, engine_avx512_bf16, engine_amx;
+#endif
+
+// The engine in use: the best supported one, or what EFFENS_CPU_ISA or set_engine named.
+const Engine& engine();
+// False (and nothing changes) for a name that is unknown or that this processor cannot run.
+bool set_engine(const char* name);
+// All compiled engines, worst first; terminated by a null name.
+const Engine* const* engines();
+
+// Per-thread memory that grows and is kept; `slot` < scratch_slots.
+constexpr int scratch_slots = 5;
+void* scratch(int slot, size_t bytes);
+
+}  // namespace effens::cpu

@@ -1,0 +1,65 @@
+// The whole engine compiled for one instruction set.  The including file sets EFFENS_ISA, EFFENS_VECTOR_BYTES and
+// EFFENS_REGISTERS, then the compiler's target, to the end of the file: templates are instantiated there.
+
+namespace effens::cpu {
+namespace EFFENS_ISA {
+#include "vector.inl"
+
+#include "pack.inl"
+
+#include "micro.inl"
+
+#if defined(EFFENS_HAS_AMX)
+#include "amx.inl"
+#endif
+
+#include "gemm.inl"
+
+#if defined(EFFENS_HAS_BF16)
+// Only bfloat16 differs from AVX-512.
+#if defined(EFFENS_HAS_AMX)
+using BFloat16 = Product<AmxTiles, uint32_t, bf16>;
+#else
+using BFloat16 = Product<RegisterTiles<uint32_t>, uint32_t, bf16>;
+#endif
+
+static Plan plan(const Gemm& p, int threads) {
+  return p.dtype == DType::bf16 ? BFloat16::plan(p, threads) : engine_avx512.plan(p, threads);
+}
+
+static void run(const Gemm& p, const Plan& plan, int64_t first, int64_t last) {
+  return p.dtype == DType::bf16 ? BFloat16::run(p, plan, first, last) : engine_avx512.run(p, plan, first, last);
+}
+#else
+template <class T>
+using Storage = Product<RegisterTiles<Compute<T>>, Compute<T>, T>;
+
+static Plan plan(const Gemm& p, int threads) {
+  switch (p.dtype) {
+    case DType::f64:
+      return Storage<double>::plan(p, threads);
+    case DType::bf16:
+      return Storage<bf16>::plan(p, threads);
+    case DType::f16:
+      return Storage<f16>::plan(p, threads);
+    default:
+      return Storage<float>::plan(p, threads);
+  }
+}
+
+static void run(const Gemm& p, const Plan& plan, int64_t first, int64_t last) {
+  switch (p.dtype) {
+    case DType::f64:
+      return Storage<double>::run(p, plan, first, last);
+    case DType::bf16:
+      return Storage<bf16>::run(p, plan, first, last);
+    case DType::f16:
+      return Storage<f16>::run(p, plan, first, last);
+    default:
+      return Storage<float>::run(p, plan, first, last);
+  }
+}
+#endif
+
+}  // namespace EFFENS_ISA
+}  // namespace effens::cpu

@@ -1,0 +1,181 @@
+// Operand transforms and packing.  A unit is what a microkernel multiplies at once: one float or double, or a pair of
+// consecutive bfloat16 along k (as uint32_t).
+
+template <class Unit>
+constexpr int per_unit = 1;  // elements of k in a unit
+template <>
+constexpr int per_unit<uint32_t> = 2;
+
+// How elements of the storage type T appear in memory when packed as units U.
+template <class U, class T>
+struct PackedOf {
+  typedef U type;
+};
+template <class T>
+struct PackedOf<uint32_t, T> {
+  typedef T type;
+};
+
+// --------------------------------------------------------------------------------------- A: rows of the output
+// A strip is a few rows of A over one block of k, addressed by a row and a k stride; `by_rows` says which is 1.
+
+template <class U>
+struct Strip {
+  const U* data;
+  int64_t row, col;
+  bool by_rows;
+};
+
+// dst[i * ld + j] = src * slope(saved) over an [outer, inner] block whose inner source stride is usually 1;
+// sums, if given, collect over inner (sum_inner) or over outer.  Long sums go through partial sums of 32 terms.
+template <Activation slope, class D, class T>
+static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
+                      int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, Compute<T>* sums,
+                      bool sum_inner) {
+  using C = Compute<T>;
+  constexpr int w = lanes<C>;
+  auto value = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
+    vec<C> v = gather(src + i * src_outer + j * src_inner, src_inner, n);
+    if constexpr (slope != Activation::none)
+      v = backpropagate<C>(slope, v, gather(saved + i * saved_outer + j * saved_inner, saved_inner, n));
+    return v;
+  };
+  if (sums == nullptr || sum_inner) {
+    for (int64_t i = 0; i < outer; ++i) {
+      vec<C> total{}, partial{};
+      for (int64_t j = 0; j < inner; j += w) {
+        const int64_t n = min<int64_t>(w, inner - j);
+        const vec<C> v = value(i, j, n);
+        if (dst) store(dst + i * ld + j, v, n);
+        if (sums) partial += v;
+        if (j / w % 8 == 7) total += partial, partial = vec<C>{};
+      }
+      if (!sums) continue;
+      total += partial;
+      C sum = 0;
+      for (int l = 0; l < w; ++l) sum += total[l];
+      sums[i] += sum;
+    }
+    return;
+  }
+  for (int64_t j = 0; j < inner; j += w) {
+    const int64_t n = min<int64_t>(w, inner - j);
+    vec<C> total{}, partial{};
+    for (int64_t i = 0; i < outer; ++i) {
+      const vec<C> v = value(i, j, n);
+      if (dst) store(dst + i * ld + j, v, n);
+      partial += v;
+      if (i % 32 == 31) total += partial, partial = vec<C>{};
+    }
+    store(sums + j, load(sums + j, n) + total + partial, n);
+  }
+}
+
+template <class D, class T, class... Rest>
+static void transform(Activation slope, const T* src, Rest... rest) {
+  switch (slope) {
+    case Activation::relu:
+      return transform<Activation::relu, D, T>(src, rest...);
+    case Activation::gelu:
+      return transform<Activation::gelu, D, T>(src, rest...);
+    case Activation::silu:
+      return transform<Activation::silu, D, T>(src, rest...);
+    case Activation::tanh:
+      return transform<Activation::tanh, D, T>(src, rest...);
+    default:
+      return transform<Activation::none, D, T>(src, rest...);
+  }
+}
+
+// dst[i][j] = src(i, j) as [rows, cols] of 32-bit words, where source columns (i) are contiguous: 16 x 16 transposes.
+// `word` loads up to w words of source row j starting at i.
+template <class Word>
+EFFENS_INLINE void transpose_words(Word word, int64_t rows, int64_t cols, uint32_t* dst, int64_t ld) {
+  constexpr int w = lanes<uint32_t>;
+  for (int64_t i = 0; i < rows; i += w) {
+    const int64_t ni = min<int64_t>(w, rows - i);
+    for (int64_t j = 0; j < cols; j += w) {
+      const int64_t nj = min<int64_t>(w, cols - j);
+      vec_u32 block[w];
+      for (int l = 0; l < w; ++l) block[l] = l < nj ? word(i, j + l, ni) : vec_u32{};
+      transpose(block);
+      for (int64_t l = 0; l < ni; ++l) __builtin_memcpy(dst + (i + l) * ld + j, &block[l], sizeof(vec_u32));
+    }
+  }
+}
+
+// Up to w pairs (p[j], p[stride + j]) of 16-bit elements as words; the second row may be absent.
+template <class T>
+EFFENS_INLINE vec_u32 pairs(const T* p, int64_t stride, bool second, int64_t n) {
+  static_assert(sizeof(T) == 2);
+  uint16_t few[2][lanes<uint32_t>] = {};
+  const bool full = n >= lanes<uint32_t>;
+  if (!full) {
+    copy_few(few[0], reinterpret_cast<const uint16_t*>(p), n);
+    if (second) copy_few(few[1], reinterpret_cast<const uint16_t*>(p + stride), n);
+  }
+  vec_half_bits low, high{};
+  __builtin_memcpy(&low, full ? static_cast<const void*>(p) : few[0], sizeof(low));
+  if (second) __builtin_memcpy(&high, full ? static_cast<const void*>(p + stride) : few[1], sizeof(high));
+  return __builtin_convertvector(low, vec_u32) | (__builtin_convertvector(high, vec_u32) << 16);
+}
+
+// Up to w words, each two consecutive 16-bit elements, of which `elements` exist.
+template <class T>
+EFFENS_INLINE vec_u32 words(const T* p, int64_t elements) {
+  vec_u32 v{};
+  if (elements >= 2 * lanes<uint32_t>) {
+    __builtin_memcpy(&v, p, sizeof(v));
+  } else {
+    uint16_t few[2 * lanes<uint32_t>] = {};
+    copy_few(few, reinterpret_cast<const uint16_t*>(p), elements);
+    __builtin_memcpy(&v, few, sizeof(v));
+  }
+  return v;
+}
+
+// ------------------------------------------------------------------------------------- B: columns of the output
+// A panel is [k units, width] with the columns contiguous and zero-padded to the vector width.
+
+template <class U, class T>
+static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t cols, U* dst, int64_t width) {
+  if constexpr (per_unit<U> == 2) {
+    const int64_t units = ceil_div(k, 2);
+    if (col == 1) {
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t j = 0; j < width; j += lanes<uint32_t>) {
+          const vec_u32 v = pairs(b + 2 * u * row + j, row, 2 * u + 1 < k, max<int64_t>(0, cols - j));
+          __builtin_memcpy(dst + u * width + j, &v, sizeof(v));
+        }
+    } else if (row == 1) {
+      auto word = [&](int64_t u, int64_t j, int64_t) __attribute__((always_inline)) {
+        return words(b + j * col + 2 * u, k - 2 * u);
+      };
+      if (cols < width) __builtin_memset(dst, 0, size_t(units * width) * sizeof(U));
+      transpose_words(word, units, cols, dst, width);
+    } else {
+      for (int64_t u = 0; u < units; ++u)
+        for (int64_t j = 0; j < width; ++j) {
+          uint16_t pair[2] = {0, 0};
+          if (j < cols) {
+            __builtin_memcpy(pair, b + 2 * u * row + j * col, 2);
+            if (2 * u + 1 < k) __builtin_memcpy(pair + 1, b + (2 * u + 1) * row + j * col, 2);
+          }
+          __builtin_memcpy(dst + u * width + j, pair, 4);
+        }
+    }
+  } else {
+    constexpr int w = lanes<U>;
+    if (row == 1 && sizeof(U) == 4) {
+      auto word = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
+        return bit_cast<vec_u32>(load(b + j * col + i, n));
+      };
+      if (cols < width) __builtin_memset(dst, 0, size_t(k * width) * sizeof(U));
+      transpose_words(word, k, cols, reinterpret_cast<uint32_t*>(dst), width);
+    } else {
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < width; j += w)
+          store(dst + i * width + j, gather(b + i * row + j * col, col, max<int64_t>(0, cols - j)));
+    }
+  }
+}

@@ -1,0 +1,79 @@
+// From tensors to the engine: operands of strided tensors, and products run in parallel.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "../common/tensor.h"
+#include "engine.h"
+
+namespace effens::cpu {
+
+inline DType dtype_of(const Tensor& t, const char* op) {
+  const int32_t code = dtype_code(t);
+  if (code == aoti_torch_dtype_float32()) return DType::f32;
+  if (code == aoti_torch_dtype_float64()) return DType::f64;
+  if (code == aoti_torch_dtype_bfloat16()) return DType::bf16;
+  if (code == aoti_torch_dtype_float16()) return DType::f16;
+  STD_TORCH_CHECK(false, op, ": the CPU engine takes float32, float64, bfloat16 and float16");
+}
+
+// [E, rows, cols], or [rows, cols] shared by all members.
+struct Matrices {
+  const void* data;
+  int64_t member, row, col;
+
+  explicit Matrices(const Tensor& t)
+      : data(t.const_data_ptr()),
+        member(t.dim() == 3 ? t.stride(0) : 0),
+        row(t.stride(t.dim() - 2)),
+        col(t.stride(t.dim() - 1)) {}
+
+  // One matrix per output, or one per summand.
+  Operand batched() const { return {data, member, 0, row, col}; }
+  Operand reduced() const { return {data, 0, member, row, col}; }
+  Matrices transposed() const {
+    Matrices t = *this;
+    std::swap(t.row, t.col);
+    return t;
+  }
+};
+
+// Threads are worth their start-up only from about this many multiply-adds each.
+constexpr int64_t worth_a_thread = 1 << 20;
+
+// Runs products that do not depend on each other; those with as many outputs take turns per output, so that one thread
+// meets a member's operands while they are in its cache.
+template <size_t count>
+void run(const std::array<const Gemm*, count>& products) {
+  const Engine& isa = engine();
+  const int threads = int(torch::stable::get_num_threads());
+  std::array<Plan, count> plans;
+  int64_t per_output = 0, work = 0;
+  for (size_t i = 0; i < count; ++i) {
+    plans[i] = isa.plan(*products[i], threads);
+    per_output += plans[i].tasks();
+    work += products[i]->batches * std::max<int64_t>(1, products[i]->reduces) * products[i]->m * products[i]->n *
+            std::max<int64_t>(1, products[i]->k);
+  }
+  const int64_t outputs = products[0]->batches, tasks = outputs * per_output;
+  if (tasks == 0) return;
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work / tasks));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
+    if constexpr (count == 1) {
+      isa.run(*products[0], plans[0], first, last);
+    } else {
+      for (int64_t g = first / per_output; g * per_output < last; ++g) {
+        int64_t start = g * per_output;
+        for (size_t i = 0; i < count; ++i) {
+          const int64_t here = plans[i].tasks(), offset = g * here;
+          const int64_t from = std::max<int64_t>(0, first - start), to = std::min(here, last - start);
+          if (from < to) isa.run(*products[i], plans[i], offset + from, offset + to);
+          start += here;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace effens::cpu

@@ -1,0 +1,8 @@
+"""effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
+
+from . import nn
+from ._config import show_config
+from ._version import __version__
+from .ops import grouped_linear, multihead_linear
+
+__all__ = ["__version__", "grouped_linear", "multihead_linear", "nn", "show_config"]

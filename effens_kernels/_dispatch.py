@@ -1,0 +1,101 @@
+"""ALL rules of which backend runs, in one table, with reasons in words.
+
+    reference   plain PyTorch, every device and dtype; PyTorch's own autograd
+    cpu         C++ engine (csrc/cpu), CPU tensors
+    triton      Triton kernels, CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
+    cuda        CUDA C++ kernels (csrc/kernels), CUDA tensors
+
+`backend=` of an op, else EFFENS_BACKEND, selects explicitly and never falls back: it raises and says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from . import _env, _native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Preferred first, by device type; any other device runs the reference.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_HALF = (torch.float16, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, *_HALF)
+_ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
+
+# op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
+IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
+}
+
+
+class Problem(NamedTuple):
+    """What the choice of a backend may depend on."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+
+
+def interpreting() -> bool:
+    """Triton's interpreter is on: its kernels then run on CPU tensors, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@cache
+def why_not_here(backend: str) -> str | None:
+    """Why `backend` cannot run in this process, whatever the op; None if it can."""
+    if backend == "cpu":
+        return _native.why_not()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not interpreting() and not torch.cuda.is_available():
+            return "no CUDA GPU is visible (and TRITON_INTERPRET=1 is not set)"
+    if backend == "cuda":
+        if not _native.available:
+            return _native.why_not()
+        if not _native.has_cuda_kernels():
+            return "this build has no CUDA C++ kernels"
+        if not torch.cuda.is_available():
+            return "no CUDA GPU is visible"
+    return None
+
+
+def why_not(backend: str, problem: Problem) -> str | None:
+    """Why `backend` cannot run `problem`; None if it can."""
+    if backend == "reference":
+        return None
+    dtypes = IMPLEMENTED[problem.op].get(backend)
+    if dtypes is None:
+        return f"it has no kernel for {problem.op}" + ("" if why_not_here(backend) is None else
+                                                       f" ({why_not_here(backend)})")
+    if problem.dtype not in dtypes:
+        return f"{problem.op} has no {str(problem.dtype).removeprefix('torch.')} kernel there"
+    device = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
+    if problem.device != device:
+        return f"the tensors are on {problem.device}, it takes {device} tensors"
+    return why_not_here(backend)
+
+
+def select(problem: Problem, requested: str | None = None) -> str:
+    """The backend that runs `problem`: the requested one, else EFFENS_BACKEND, else the first preference that can."""
+    requested = requested or _env.BACKEND
+    if requested is None:
+        for backend in PREFERENCE.get(problem.device, ("reference",)):
+            if why_not(backend, problem) is None:
+                return backend
+        return "reference"
+    if requested not in BACKENDS:
+        raise ValueError(
+            f"{problem.op}: backend should be None or one of {', '.join(map(repr, BACKENDS))}, got {requested!r}"
+        )
+    reason = why_not(requested, problem)
+    if reason is not None:
+        raise ValueError(f"{problem.op}: backend {requested!r} cannot run this call: {reason}")
+    return requested

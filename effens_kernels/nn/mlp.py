@@ -1,0 +1,67 @@
+"""EnsembleMLP: one multilayer perceptron per member."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ._layout import checked_activation, members_first, one_member, positive
+from .linear import EnsembleLinear
+
+
+class EnsembleMLP(nn.Module):
+    """One multilayer perceptron per member, the activation fused into each hidden product.
+
+    Args:
+        in_features: I.
+        hidden_features: widths of the hidden layers; may be empty.
+        out_features: O.
+        num_members: E.
+        activation: after each hidden layer; None, "relu", "gelu", "silu" or "tanh".
+        bias, device, dtype: as in `torch.nn.Linear`.
+        batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
+
+    Parameters `layers.0.weight` `[E, H, I]`, `layers.0.bias` `[E, H]`, and so on.
+
+    `forward(input, member=None)`: `[B, I]` or per member to `[E, B, O]`; with `member=e`, `[B, I]` to `[B, O]`.
+
+    Example:
+        >>> critics = EnsembleMLP(17, [256, 256], 1, num_members=10)
+        >>> critics(torch.randn(128, 17)).shape
+        torch.Size([10, 128, 1])
+    """
+
+    def __init__(self, in_features: int, hidden_features: Sequence[int], out_features: int, num_members: int, *,
+                 activation: str | None = "relu", bias: bool = True, batch_first: bool = False,
+                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        positive("EnsembleMLP", num_members=num_members)
+        self.num_members, self.batch_first = num_members, batch_first
+        self.activation = checked_activation("EnsembleMLP", activation)
+        widths = (in_features, *hidden_features, out_features)
+        last = len(widths) - 2
+        self.layers = nn.ModuleList(
+            EnsembleLinear(i, o, num_members, bias, activation=activation if n < last else None,
+                           device=device, dtype=dtype)
+            for n, (i, o) in enumerate(pairwise(widths))
+        )
+
+    def reset_parameters(self) -> None:
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def forward(self, input: Tensor, member: int | None = None) -> Tensor:
+        if member is not None:
+            one_member("EnsembleMLP", input, member, self.num_members)
+            x = input
+        else:
+            x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
+        for layer in self.layers:
+            x = layer(x, member)
+        return x.transpose(0, 1) if self.batch_first and member is None else x
+
+    def extra_repr(self) -> str:
+        return f"num_members={self.num_members}" + (", batch_first=True" if self.batch_first else "")

@@ -1,0 +1,6 @@
+"""One folder an op: the public function with its checks, the plain-PyTorch reference, the kernels, the derivatives."""
+
+from .grouped_linear import grouped_linear
+from .multihead_linear import multihead_linear
+
+__all__ = ["grouped_linear", "multihead_linear"]

@@ -1,0 +1,58 @@
+"""Argument checks that every op shares.  Each message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ._activations import ACTIVATIONS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def reject(op: str, argument: str, expected: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
+    got = got if isinstance(got, str) else describe(got)
+    raise error(f"{op}: {argument} should be {expected}, got {got}")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        reject(op, argument, "a torch.Tensor", value, TypeError)
+    if value.dtype not in DTYPES:
+        reject(op, argument, "a float32, float16, bfloat16 or float64 tensor", value, TypeError)
+    if value.layout is not torch.strided:
+        reject(op, argument, "a dense (strided) tensor", f"layout {value.layout}", TypeError)
+
+
+def check_alike(op: str, first: str, a: Tensor, argument: str, b: Tensor) -> None:
+    """Same dtype and device as the first argument."""
+    if a.dtype != b.dtype:
+        reject(op, argument, f"{a.dtype} like {first}", describe(b), TypeError)
+    if a.device != b.device:
+        reject(op, argument, f"on {a.device} like {first}", describe(b))
+
+
+def check_activation(op: str, activation: object) -> None:
+    if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
+        choices = ", ".join(repr(name) for name in ACTIVATIONS)
+        reject(op, "activation", f"one of {choices}", repr(activation))
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What `torch.nn.functional.linear` does under autocast: floating inputs other than float64 go to its dtype."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )

@@ -1,0 +1,222 @@
+"""What tests/ and bench/ share: one table of ops with sample inputs, one tolerance rule, one list of workloads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from .ops import grouped_linear, multihead_linear
+from .ops._activations import ACTIVATIONS
+from .ops.grouped_linear import reference as _grouped
+from .ops.multihead_linear import reference as _multihead
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+KERNEL_BACKENDS = tuple(b for b in _dispatch.BACKENDS if b != "reference")
+
+
+# ------------------------------------------------------------------------------------------------- tolerance
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Largest absolute error relative to the largest exact value; 0 for empty tensors, inf where one is not finite."""
+    if actual.shape != exact.shape:
+        raise AssertionError(f"shape {list(actual.shape)} should be {list(exact.shape)}")
+    if exact.numel() == 0:
+        return 0.0
+    difference = (actual.double().cpu() - exact.cpu()).abs().max().item()
+    scale = exact.abs().max().item()
+    relative = difference / scale if scale > 0 else difference
+    return relative if relative == relative else float("inf")
+
+
+def assert_accurate(actual: Tensor, exact: Tensor, composition: Tensor, name: str = "result", terms: int = 1) -> None:
+    """The tolerance rule: error against float64 at most twice that of the same-dtype PyTorch composition.
+
+    Granted besides, so that a composition that happens to be exact does not demand exactness: one unit of the dtype
+    at the largest value, and twice the square root of as many units of the accumulation's dtype as a sum has terms.
+    """
+    if actual.dtype != composition.dtype:
+        raise AssertionError(f"{name}: dtype {actual.dtype} should be {composition.dtype}")
+    ours, theirs = error(actual, exact), error(composition, exact)
+    accumulation = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    rounding = torch.finfo(actual.dtype).eps + 2 * torch.finfo(accumulation).eps * max(1, terms) ** 0.5
+    if not ours <= 2 * theirs + rounding:
+        raise AssertionError(f"{name}: error {ours:.3g} against float64, the composition has {theirs:.3g}")
+
+
+# ---------------------------------------------------------------------------------------------- sample inputs
+
+
+def strided(shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype,
+            device: torch.device | str) -> Tensor:
+    """Random values in the memory layout named: what users pass is not always contiguous."""
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    if layout == "contiguous":
+        return normal(*shape)
+    if layout == "transposed":  # [B, E, I] storage
+        return normal(*reversed(shape[:-1]), shape[-1]).movedim(-2, 0) if len(shape) > 2 else normal(*shape[::-1]).mT
+    if layout == "inner":  # the last two axes swapped: the feature axis is not contiguous
+        return normal(*shape[:-2], shape[-1], shape[-2]).mT
+    if layout == "stepped":  # every second feature of a wider tensor, at a storage offset
+        return normal(*shape[:-1], 2 * shape[-1] + 1)[..., 1::2]
+    if layout == "offset":  # rows of a wider tensor, at an odd storage offset
+        return normal(*shape[:-1], shape[-1] + 3)[..., 3:]
+    raise ValueError(f"layout should be contiguous, transposed, inner, stepped or offset, got {layout!r}")
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One sample call of grouped_linear, readable as a test id such as `E5-B17-I3-O64-shared-relu`."""
+
+    members: int
+    batch: int
+    inputs: int
+    outputs: int
+    shared: bool = False
+    bias: bool = True
+    activation: str | None = None
+    x_layout: str = "contiguous"
+    weight_layout: str = "contiguous"
+    heads: int | None = None
+
+    def __str__(self) -> str:
+        parts = [f"E{self.members}", f"B{self.batch}", f"I{self.inputs}", f"O{self.outputs}"]
+        parts += [f"H{self.heads}"] * (self.heads is not None)
+        parts += ["shared"] * self.shared + ["nobias"] * (not self.bias) + [self.activation] * bool(self.activation)
+        parts += [f"x_{self.x_layout}"] * (self.x_layout != "contiguous")
+        parts += [f"w_{self.weight_layout}"] * (self.weight_layout != "contiguous")
+        return "-".join(parts)
+
+    def inputs_for(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                   seed: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Fresh random (x, weight, bias), scaled so that outputs are of order 1."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        rows = (self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs)
+        units = (self.members,) if self.heads is None else (self.members, self.heads)
+        if self.heads is not None and self.members == 0:  # heads on one trunk, without members
+            units, rows = (self.heads,), (self.batch, self.inputs)
+        x = strided(rows, self.x_layout, generator, dtype, device)
+        weight = strided((*units, self.outputs, self.inputs), self.weight_layout, generator, dtype, device)
+        weight.mul_(max(1, self.inputs) ** -0.5)
+        bias = strided((*units, self.outputs), "contiguous", generator, dtype, device) if self.bias else None
+        return x, weight, bias
+
+    def terms(self) -> dict[str, int]:
+        """How many products are summed into one element of the output and of each gradient."""
+        outputs = self.outputs * (self.heads or 1) * (self.members if self.shared else 1)
+        return {"y": self.inputs, "x": outputs, "weight": self.batch, "bias": self.batch}
+
+    def options(self) -> dict[str, str | None]:
+        return {} if self.heads is not None else {"activation": self.activation}
+
+
+def _linear_cases() -> Iterator[LinearCase]:
+    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (17, 3, 123), (33, 123, 1), (7, 64, 20),
+                                   (64, 31, 37), (2, 129, 65)]:
+        yield LinearCase(3, batch, inputs, outputs)
+    for activation in ACTIVATIONS:
+        yield LinearCase(2, 19, 23, 29, activation=activation)
+        yield LinearCase(3, 11, 16, 33, shared=True, activation=activation)
+    yield LinearCase(1, 13, 17, 19)
+    yield LinearCase(1, 13, 17, 19, shared=True, bias=False)
+    yield LinearCase(5, 8, 12, 7, bias=False)
+    yield LinearCase(37, 3, 5, 2, shared=True)
+    for layout in ("transposed", "inner", "stepped", "offset"):
+        yield LinearCase(4, 9, 21, 18, activation="relu", x_layout=layout)
+        yield LinearCase(4, 9, 21, 18, shared=True, activation="gelu", x_layout=layout)
+        yield LinearCase(4, 9, 21, 18, activation="tanh", weight_layout=layout)
+    for members, batch, inputs, outputs in [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)]:
+        for shared in (False, True):
+            yield LinearCase(members, batch, inputs, outputs, shared=shared, activation="relu")
+            yield LinearCase(members, batch, inputs, outputs, shared=shared, activation="gelu")
+
+
+def _large_linear_cases() -> Iterator[LinearCase]:
+    """Beyond one cache block of every kernel in rows, inputs and outputs; too long for the Triton interpreter."""
+    yield LinearCase(2, 300, 700, 150, activation="relu")
+    yield LinearCase(2, 130, 90, 1100, shared=True, activation="gelu")
+    yield LinearCase(3, 1300, 65, 70, shared=True)
+    yield LinearCase(1, 260, 1030, 515, x_layout="inner", weight_layout="inner")
+
+
+def _head_cases() -> Iterator[LinearCase]:
+    yield LinearCase(3, 9, 17, 4, heads=5)
+    yield LinearCase(3, 9, 17, 4, heads=5, shared=True, bias=False)
+    yield LinearCase(0, 11, 33, 1, heads=7)  # one trunk, no member axis
+    yield LinearCase(4, 6, 20, 3, heads=2, x_layout="transposed")
+    yield LinearCase(2, 0, 5, 3, heads=2)
+
+
+@dataclass(frozen=True)
+class Op:
+    """Everything that the generic tests and benchmarks need to know of an op."""
+
+    name: str
+    call: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    cases: tuple[LinearCase, ...]
+    large_cases: tuple[LinearCase, ...] = field(default=())
+
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("grouped_linear", grouped_linear, _grouped.grouped_linear, tuple(_linear_cases()),
+           tuple(_large_linear_cases())),
+        Op("multihead_linear", multihead_linear, _multihead.multihead_linear, tuple(_head_cases())),
+    )
+}
+
+
+# ------------------------------------------------------------------------------------- workloads of the benchmarks
+
+
+@dataclass(frozen=True)
+class ForumWorkload:
+    """The forum question's models: `heads` output layers of `actions` on MLPs of three hidden layers.
+
+    Ensemble2 has a trunk per member; Ensemble1 one trunk for all members, and heads per member.
+    """
+
+    members: int
+    heads: int
+    batch: int
+    state: int
+    hidden: int
+    actions: int
+    shared_trunk: bool = False
+
+    def __str__(self) -> str:
+        model = "Ensemble1" if self.shared_trunk else "Ensemble2"
+        return (f"{model}-E{self.members}-H{self.heads}-B{self.batch}-{self.state}-{self.hidden}-{self.hidden}-"
+                f"{self.hidden}-{self.actions}")
+
+    def layers(self) -> list[tuple[int, int]]:
+        """(I, O) of each product, the heads as one."""
+        widths = [self.state, self.hidden, self.hidden, self.hidden, self.heads * self.actions]
+        return list(zip(widths, widths[1:]))
+
+
+FORUM_WORKLOADS = tuple(
+    ForumWorkload(*sizes, shared_trunk=shared)
+    for sizes in ((10, 5, 256, 8, 64, 4), (5, 10, 128, 17, 256, 6))
+    for shared in (False, True)
+)
+
+LAYER_WORKLOADS = (
+    LinearCase(4, 128, 64, 64),
+    LinearCase(32, 128, 64, 64),
+    LinearCase(10, 256, 256, 256),
+    LinearCase(32, 1024, 128, 128),
+    LinearCase(5, 128, 784, 128, shared=True, activation="relu"),
+    LinearCase(8, 512, 512, 512, activation="relu"),
+    LinearCase(4, 1024, 1024, 1024),
+)
