@@ -2,19 +2,21 @@
 //
 //   task (g, column block, row block):
 //     pack B for the column block, all of k (kept while the next task needs the same)
-//     for each block of k, for each strip of rows:
+//     for each strip of rows, for each block of k:
 //       A' strip: used in place where it lies right, else transformed or packed into scratch
 //       for each panel of columns: microkernel; after the last block of k: epilogue
 //
-// Sums over several blocks of k, or several summands r, wait in a float region beside C.
+// Where A lies by columns (weight gradients), blocks of k come first instead, so that A streams through once, packed for
+// all strips.  Sums over several blocks of k, or several summands r, wait in scratch beside C.
 
 template <class Tiles, class U, class T>
 struct Product {
   using C = Compute<T>;
   static constexpr int64_t w = lanes<C>, strip_rows = Tiles::rows, panel_columns = Tiles::columns;
-  static constexpr int64_t k_block = 512 / per_unit<U>;            // units; a strip of it stays in L1
+  static constexpr int64_t k_block = 384;                          // units; a strip of it stays in L1
   static constexpr int64_t packed_bytes = 1 << 20;                 // of B, to stay in L2
-  static constexpr int64_t region_bytes = 2 << 20;
+  static constexpr int64_t region_bytes = 1 << 20;                 // of partial sums
+  static constexpr int64_t strips_bytes = 1 << 19;                 // of A, where all strips are packed at once
   static constexpr int64_t strip_ld = k_block + 64 / sizeof(U);    // a power of two would alias in L1
   static constexpr bool same_type = sizeof(U) == sizeof(T);        // packed elements are the stored ones
 
@@ -23,6 +25,8 @@ struct Product {
   static int64_t units_of(int64_t k) {
     return ceil_div(ceil_div(k, per_unit<U>), Tiles::unit_multiple) * Tiles::unit_multiple;
   }
+
+  static bool by_columns(const Gemm& p) { return p.a.row == 1 && p.a.col != 1; }
 
   static Plan plan(const Gemm& p, int threads) {
     Plan plan;
@@ -33,7 +37,8 @@ struct Product {
     const int64_t outputs = max<int64_t>(1, p.batches * plan.col_blocks);
     int64_t parts = threads > 1 ? ceil_div(4 * threads, outputs) : 1;
     parts = max<int64_t>(1, min(parts, p.m / (3 * strip_rows)));
-    parts = max(parts, ceil_div(p.m * plan.col_block * int64_t(sizeof(C)), region_bytes));
+    if (by_columns(p)) parts = max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), strips_bytes));
+    if (p.reduces > 1) parts = max(parts, ceil_div(p.m * plan.col_block * int64_t(sizeof(C)), region_bytes));
     plan.row_block = ceil_div(max<int64_t>(1, ceil_div(p.m, strip_rows)), parts) * strip_rows;
     plan.row_blocks = ceil_div(p.m, plan.row_block);
     return plan;
@@ -51,12 +56,13 @@ struct Product {
   const Plan& cut;
   const int64_t reduces, depth, units, k_blocks, k_step;  // summands, k and its blocks; none of them 0
   const bool plain;                                       // C takes the sums as they are
+  const bool blocks_first;                                // A lies by columns and is packed
   C *region, *tile, *sums;
   U *packed, *strip;
   T* transformed;
   int64_t packed_g = -1, packed_block = -1;
   // the current task
-  int64_t g = 0, m0 = 0, m1 = 0, n0 = 0, n1 = 0, region_ld = 0;
+  int64_t g = 0, m0 = 0, m1 = 0, n0 = 0, n1 = 0;
   const U* b_data = nullptr;
   int64_t b_ld = 0;
 
@@ -69,14 +75,15 @@ struct Product {
         k_blocks(max<int64_t>(1, ceil_div(units, k_block))),
         k_step(max<int64_t>(1, ceil_div(ceil_div(units, k_blocks), Tiles::unit_multiple) * Tiles::unit_multiple)),
         plain(sizeof(T) == sizeof(C) && !p.bias && !p.preactivation.data && p.activation == Activation::none &&
-              p.c.col == 1 && !Tiles::whole_tiles) {
-    const int64_t region_rows = cut.row_block + strip_rows;
-    const bool partial = steps() > 1;
-    region = static_cast<C*>(scratch(slot_region, size_t(partial ? region_rows * cut.col_block : 1) * sizeof(C)));
+              p.c.col == 1 && !Tiles::whole_tiles),
+        blocks_first(per_unit<U> == 1 && by_columns(p) && depth > 0 && !(same_type && lies_well())) {
+    const int64_t partial_rows = strip_rows + (reduces > 1 || blocks_first ? cut.row_block : 0);
+    region = static_cast<C*>(scratch(slot_region, size_t(partial_rows * cut.col_block) * sizeof(C)));
     packed = static_cast<U*>(scratch(slot_b, size_t(units * cut.col_block + 1) * sizeof(U)));
-    strip = static_cast<U*>(scratch(slot_strip, size_t((strip_rows + 2) * strip_ld) * sizeof(U)));
+    const int64_t strip_size = blocks_first ? cut.row_block * k_step : (strip_rows + 2) * strip_ld;
+    strip = static_cast<U*>(scratch(slot_strip, size_t(strip_size) * sizeof(U)));
     transformed = static_cast<T*>(scratch(slot_transform, size_t((k_block * per_unit<U> + 64) * 32) * sizeof(T)));
-    tile = static_cast<C*>(scratch(slot_tile, size_t(strip_rows * panel_columns + region_rows) * sizeof(C)));
+    tile = static_cast<C*>(scratch(slot_tile, size_t(strip_rows * panel_columns + cut.row_block + strip_rows) * sizeof(C)));
     sums = tile + strip_rows * panel_columns;
   }
 
@@ -91,46 +98,63 @@ struct Product {
     const int64_t block = task % cut.tasks() / cut.row_blocks, part = task % cut.row_blocks;
     n0 = block * cut.col_block, n1 = min(p.n, n0 + cut.col_block);
     m0 = part * cut.row_block, m1 = min(p.m, m0 + cut.row_block);
-    region_ld = cut.col_block;
     const bool want_sums = p.row_sums && n0 == 0;
     if (want_sums) __builtin_memset(sums, 0, size_t(m1 - m0) * sizeof(C));
+    C* sum = want_sums ? sums : nullptr;
     for (int64_t r = 0; r < reduces; ++r) {
       prepare_b(r, block);
-      for (int64_t kb = 0; kb < k_blocks; ++kb) {
-        const int64_t step = r * k_blocks + kb;
-        const int64_t strips = ceil_div(m1 - m0, strip_rows);
-        int64_t i = m0;
-        for (int64_t s = 0; s < strips; ++s) {
-          const int64_t rows = Tiles::whole_tiles ? min(strip_rows, m1 - i) : ceil_div(m1 - i, strips - s);
-          rows_of_tiles(step, kb, i, rows, prepare_a(r, kb, i, rows, want_sums ? sums + (i - m0) : nullptr));
-          i += rows;
+      if (blocks_first) {
+        for (int64_t kb = 0; kb < k_blocks; ++kb) {
+          pack_a(r, kb, sum);
+          const U* data = strip;
+          each_strip([&](int64_t i, int64_t rows) {
+            tiles(r * k_blocks + kb, kb, i, rows, {data, 1, rows, false}, region + (i - m0) * cut.col_block);
+            data += rows * block_units(kb);
+          });
         }
+      } else {
+        each_strip([&](int64_t i, int64_t rows) {
+          C* partial = region + (reduces > 1 ? i - m0 : 0) * cut.col_block;
+          for (int64_t kb = 0; kb < k_blocks; ++kb)
+            tiles(r * k_blocks + kb, kb, i, rows, prepare_a(r, kb, i, rows, sum ? sum + (i - m0) : nullptr), partial);
+        });
       }
     }
     if (want_sums) {
       T* to = static_cast<T*>(p.row_sums) + g * p.row_sums_batch + m0;
-      for (int64_t i = 0; i < m1 - m0; i += w) store(to + i, load(sums + i, m1 - m0 - i), m1 - m0 - i);
+      by_vectors<C>(m1 - m0, [&](int64_t i, auto some) { store(to + i, load(sums + i), some); });
     }
   }
 
-  void rows_of_tiles(int64_t step, int64_t kb, int64_t i, int64_t rows, const Strip<U>& a) {
-    const bool final = step + 1 == steps();
+  // Strips of nearly equal height; whole tiles first where the microkernel writes only those.
+  template <class F>
+  __attribute__((always_inline)) void each_strip(F f) const {
+    const int64_t strips = ceil_div(m1 - m0, strip_rows);
+    int64_t i = m0;
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t rows = Tiles::whole_tiles ? min(strip_rows, m1 - i) : ceil_div(m1 - i, strips - s);
+      f(i, rows);
+      i += rows;
+    }
+  }
+
+  // One strip of C by one block of k.
+  void tiles(int64_t step, int64_t kb, int64_t i, int64_t rows, const Strip<U>& a, C* partial) {
+    const bool whole = steps() == 1, final = step + 1 == steps();
     const int64_t k = depth == 0 ? 0 : block_units(kb);
+    const U* b = b_ld ? b_data + kb * k_step * b_ld : packed + kb * k_step * padded_columns();
     for (int64_t j = n0; j < n1; j += panel_columns) {
       const int64_t columns = min(panel_columns, n1 - j), vectors = ceil_div(columns, w);
-      const U* b = b_ld ? b_data + kb * k_step * b_ld + (j - n0)
-                        : packed + kb * k_step * padded_columns() + k * (j - n0);
+      const U* panel = b + (b_ld ? j - n0 : k * (j - n0));
       const int64_t ldb = b_ld ? b_ld : vectors * w;
-      T* out = output(p.c, i, j);
-      if (steps() > 1) {
-        C* partial = region + (i - m0) * region_ld + (j - n0);
-        Tiles::multiply(k, rows, vectors, a, b, ldb, partial, region_ld, step > 0);
-        if (final) finish(partial, region_ld, i, j, rows, columns);
-      } else if (plain && columns == vectors * w) {
-        Tiles::multiply(k, rows, vectors, a, b, ldb, reinterpret_cast<C*>(out), p.c.row, false);
+      if (whole && plain && columns == vectors * w) {
+        C* out = reinterpret_cast<C*>(output(p.c, i, j));
+        Tiles::multiply(k, rows, vectors, a, panel, ldb, out, p.c.row, false);
       } else {
-        Tiles::multiply(k, rows, vectors, a, b, ldb, tile, panel_columns, false);
-        finish(tile, panel_columns, i, j, rows, columns);
+        C* to = whole ? tile : partial + (j - n0);
+        const int64_t ld = whole ? panel_columns : cut.col_block;
+        Tiles::multiply(k, rows, vectors, a, panel, ldb, to, ld, step > 0);
+        if (final) finish(to, ld, i, j, rows, columns);
       }
     }
   }
@@ -145,8 +169,9 @@ struct Product {
 
   void prepare_b(int64_t r, int64_t block) {
     const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
-    // In place: whole vectors, no conversion, and few enough strips that packing would not pay.
-    if (same_type && per_unit<U> == 1 && p.b.col == 1 && (n1 - n0) % w == 0 && m1 - m0 <= 4 * strip_rows) {
+    // In place: whole vectors, no conversion, and too few strips for packing to pay.
+    const bool few = m1 - m0 <= 3 * strip_rows || (m1 - m0 <= 8 * strip_rows && 2 * ways(k_step, p.b.row) <= 16);
+    if (same_type && per_unit<U> == 1 && p.b.col == 1 && (n1 - n0) % w == 0 && few) {
       b_data = reinterpret_cast<const U*>(src), b_ld = p.b.row;
       return;
     }
@@ -174,17 +199,46 @@ struct Product {
     const T* saved = p.slope == Activation::none ? nullptr
                                                  : static_cast<const T*>(p.saved.data) + g * p.saved.batch +
                                                        r * p.saved.reduce + i * p.saved.row + k0 * p.saved.col;
-    const bool by_rows = p.a.row != 1 || p.a.col == 1;
-    const bool in_place = p.slope == Activation::none && same_type && (p.a.row == 1 || p.a.col == 1);
-    if (in_place && sum) read(p.slope, src, saved, by_rows, rows, k, static_cast<T*>(nullptr), 0, sum);
+    const bool by_rows = !by_columns(p);
     if constexpr (per_unit<U> == 1) {
-      if (in_place && (!by_rows || p.a.row * int64_t(sizeof(U)) % 2048 != 0))
+      if (same_type && p.slope == Activation::none && (p.a.row == 1 || p.a.col == 1) && lies_well()) {
+        if (sum) read(src, saved, by_rows, rows, k, static_cast<T*>(nullptr), 0, sum);
         return {reinterpret_cast<const U*>(src), p.a.row, p.a.col, by_rows};
-      const int64_t ld = by_rows ? strip_ld : strip_rows;
-      read(p.slope, src, saved, by_rows, rows, k, strip, ld, in_place ? nullptr : sum);
+      }
+      const int64_t ld = by_rows ? strip_ld : rows;
+      read(src, saved, by_rows, rows, k, strip, ld, sum);
       return {strip, by_rows ? ld : 1, by_rows ? 1 : ld, by_rows};
     } else {
       return pairs_strip(src, saved, by_rows, rows, k, block_units(kb), sum);
+    }
+  }
+
+  // A is read in place where it needs no transform and its lines do not crowd few sets of the L1 cache.
+  bool lies_well() const {
+    if (p.slope != Activation::none) return false;
+    return p.a.col == 1 ? ways(strip_rows, p.a.row) <= 7
+                        : cut.col_block <= panel_columns || ways(k_step, p.a.col) <= 4;
+  }
+
+  // How many cache lines, `stride` elements apart, share an L1 set of 64.
+  static int64_t ways(int64_t lines, int64_t stride) {
+    const uint64_t bytes = uint64_t(stride < 0 ? -stride : stride) * sizeof(T);
+    const int64_t apart = bytes % 64 ? 1 : min<int64_t>(64, int64_t((bytes / 64) & -(bytes / 64)));
+    return ceil_div(lines, apart ? 64 / apart : 1);
+  }
+
+  // One block of k of all of the task's rows, strip after strip; 32 steps of k at a time, so that lines are met once.
+  void pack_a(int64_t r, int64_t kb, C* sum) {
+    const int64_t k0 = kb * k_step, k = block_elements(kb);
+    const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + m0;
+    const T* saved = static_cast<const T*>(p.saved.data) + g * p.saved.batch + r * p.saved.reduce + m0 * p.saved.row;
+    for (int64_t u = 0; u < k; u += 32) {
+      const int64_t steps = min<int64_t>(32, k - u), at = k0 + u;
+      each_strip([&](int64_t i, int64_t rows) {
+        const T* from = src + (i - m0) + at * p.a.col;
+        const T* s = p.slope == Activation::none ? nullptr : saved + (i - m0) * p.saved.row + at * p.saved.col;
+        read(from, s, false, rows, steps, strip + (i - m0) * k + u * rows, rows, sum ? sum + (i - m0) : nullptr);
+      });
     }
   }
 
@@ -193,17 +247,17 @@ struct Product {
     const bool whole = k == want * per_unit<U> && (!Tiles::whole_tiles || rows == strip_rows);
     if (by_rows) {
       if (p.slope == Activation::none && p.a.col == 1 && p.a.row % 2 == 0 && whole) {
-        if (sum) read(p.slope, src, saved, true, rows, k, static_cast<T*>(nullptr), 0, sum);
+        if (sum) read(src, saved, true, rows, k, static_cast<T*>(nullptr), 0, sum);
         return {reinterpret_cast<const U*>(src), p.a.row / 2, 1, true};
       }
       T* to = reinterpret_cast<T*>(strip);
-      read(p.slope, src, saved, true, rows, k, to, strip_ld * per_unit<U>, sum);
+      read(src, saved, true, rows, k, to, strip_ld * per_unit<U>, sum);
       for (int64_t l = 0; l < rows; ++l)
         for (int64_t j = k; j < want * per_unit<U>; ++j) to[l * strip_ld * per_unit<U> + j] = T{};
     } else {
       int64_t ld = p.a.col;
       if (p.slope != Activation::none || sum) {
-        read(p.slope, src, saved, false, rows, k, transformed, 32, sum);
+        read(src, saved, false, rows, k, transformed, 32, sum);
         src = transformed, ld = 32;
       }
       auto word = [&](int64_t l, int64_t u, int64_t n) __attribute__((always_inline)) {
@@ -219,12 +273,11 @@ struct Product {
 
   // A' as [rows, k] with leading dimension ld, or as [k, rows] where the source lies so.
   template <class D>
-  void read(Activation slope, const T* src, const T* saved, bool by_rows, int64_t rows, int64_t k, D* dst, int64_t ld,
-            C* sum) const {
+  void read(const T* src, const T* saved, bool by_rows, int64_t rows, int64_t k, D* dst, int64_t ld, C* sum) const {
     if (by_rows)
-      transform<D, T>(slope, src, p.a.row, p.a.col, saved, p.saved.row, p.saved.col, rows, k, dst, ld, sum, true);
+      transform<D, T>(p.slope, src, p.a.row, p.a.col, saved, p.saved.row, p.saved.col, rows, k, dst, ld, sum, true);
     else
-      transform<D, T>(slope, src, p.a.col, p.a.row, saved, p.saved.col, p.saved.row, k, rows, dst, ld, sum, false);
+      transform<D, T>(p.slope, src, p.a.col, p.a.row, saved, p.saved.col, p.saved.row, k, rows, dst, ld, sum, false);
   }
 
   // ------------------------------------------------------------------------------------------------- epilogue
@@ -247,28 +300,30 @@ struct Product {
   template <Activation activation>
   void finish(const C* from, int64_t ld, int64_t i, int64_t j, int64_t rows, int64_t columns) const {
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + g * p.bias_batch + j : nullptr;
-    for (int64_t l = 0; l < columns; l += w) {
-      const int64_t n = columns - l;
-      const vec<C> add = bias ? load(bias + l, n) : vec<C>{};
-      for (int64_t row = 0; row < rows; ++row) {
-        const vec<C> z = load(from + row * ld + l) + add;
-        if (p.preactivation.data) put(p.preactivation, i + row, j + l, z, n);
-        put(p.c, i + row, j + l, activate<C>(activation, z), n);
+    by_vectors<C>(columns, [&](int64_t l, auto some) __attribute__((always_inline)) {
+      const vec<C> add = bias ? load(bias + l, some) : vec<C>{};
+      if (p.preactivation.data)
+        write(p.preactivation, i, j + l, rows, some, from + l, ld, [&](vec<C> sum) { return sum + add; });
+      write(p.c, i, j + l, rows, some, from + l, ld, [&](vec<C> sum) { return activate<C>(activation, sum + add); });
+    });
+  }
+
+  // One vector of columns of each row.
+  template <class Lanes, class F>
+  __attribute__((always_inline)) void write(const Output& output_, int64_t i, int64_t j, int64_t rows, Lanes some,
+                                            const C* from, int64_t ld, F value) const {
+    T* to = output(output_, i, j);
+    const int64_t row = output_.row, col = output_.col;
+    if (col == 1) {
+      for (int64_t r = 0; r < rows; ++r) store(to + r * row, value(load(from + r * ld)), some);
+    } else {
+      int64_t n = w;
+      if constexpr (sizeof(some) > 1) n = some.n;
+      for (int64_t r = 0; r < rows; ++r) {
+        T few[w];
+        store(few, value(load(from + r * ld)));
+        for (int64_t l = 0; l < n; ++l) to[r * row + l * col] = few[l];
       }
     }
-  }
-
-  EFFENS_INLINE void put_strided(T* to, int64_t stride, vec<C> value, int64_t n) {
-    T few[w];
-    store(few, value);
-    for (int64_t l = 0; l < min(n, w); ++l) to[l * stride] = few[l];
-  }
-
-  __attribute__((always_inline)) void put(const Output& to, int64_t i, int64_t j, vec<C> value, int64_t n) const {
-    T* at = output(to, i, j);
-    if (to.col == 1)
-      store(at, value, n);
-    else
-      put_strided(at, to.col, value, n);
   }
 };

@@ -28,47 +28,62 @@ struct Strip {
 
 // dst[i * ld + j] = src * slope(saved) over an [outer, inner] block whose inner source stride is usually 1;
 // sums, if given, collect over inner (sum_inner) or over outer.  Long sums go through partial sums of 32 terms.
-template <Activation slope, class D, class T>
+template <Activation slope, bool straight, class D, class T>
 static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
                       int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, Compute<T>* sums,
                       bool sum_inner) {
   using C = Compute<T>;
-  constexpr int w = lanes<C>;
-  auto value = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
-    vec<C> v = gather(src + i * src_outer + j * src_inner, src_inner, n);
+  auto value = [&](int64_t i, int64_t j, auto some) __attribute__((always_inline)) {
+    vec<C> v = load(src + i * src_outer + j * src_inner, some, straight ? 1 : src_inner);
     if constexpr (slope != Activation::none)
-      v = backpropagate<C>(slope, v, gather(saved + i * saved_outer + j * saved_inner, saved_inner, n));
+      v = backpropagate<C>(slope, v, load(saved + i * saved_outer + j * saved_inner, some, straight ? 1 : saved_inner));
     return v;
   };
-  if (sums == nullptr || sum_inner) {
+  if (sums == nullptr) {
+    for (int64_t i = 0; i < outer; ++i)
+      by_vectors<C>(inner, [&](int64_t j, auto some)
+                               __attribute__((always_inline)) { store(dst + i * ld + j, value(i, j, some), some); });
+  } else if (sum_inner) {
     for (int64_t i = 0; i < outer; ++i) {
-      vec<C> total{}, partial{};
-      for (int64_t j = 0; j < inner; j += w) {
-        const int64_t n = min<int64_t>(w, inner - j);
-        const vec<C> v = value(i, j, n);
-        if (dst) store(dst + i * ld + j, v, n);
-        if (sums) partial += v;
-        if (j / w % 8 == 7) total += partial, partial = vec<C>{};
+      vec<C> total{};
+      for (int64_t first = 0; first < inner; first += 32 * lanes<C>) {
+        vec<C> partial{};
+        by_vectors<C>(min<int64_t>(32 * lanes<C>, inner - first),
+                      [&](int64_t j, auto some) __attribute__((always_inline)) {
+                        const vec<C> v = value(i, first + j, some);
+                        if (dst) store(dst + i * ld + first + j, v, some);
+                        partial += v;
+                      });
+        total += partial;
       }
-      if (!sums) continue;
-      total += partial;
       C sum = 0;
-      for (int l = 0; l < w; ++l) sum += total[l];
+      for (int l = 0; l < lanes<C>; ++l) sum += total[l];
       sums[i] += sum;
     }
-    return;
+  } else {
+    by_vectors<C>(inner, [&](int64_t j, auto some) __attribute__((always_inline)) {
+      vec<C> total = load(sums + j, some);
+      for (int64_t first = 0; first < outer; first += 32) {
+        vec<C> partial{};
+        for (int64_t i = first; i < min<int64_t>(outer, first + 32); ++i) {
+          const vec<C> v = value(i, j, some);
+          if (dst) store(dst + i * ld + j, v, some);
+          partial += v;
+        }
+        total += partial;
+      }
+      store(sums + j, total, some);
+    });
   }
-  for (int64_t j = 0; j < inner; j += w) {
-    const int64_t n = min<int64_t>(w, inner - j);
-    vec<C> total{}, partial{};
-    for (int64_t i = 0; i < outer; ++i) {
-      const vec<C> v = value(i, j, n);
-      if (dst) store(dst + i * ld + j, v, n);
-      partial += v;
-      if (i % 32 == 31) total += partial, partial = vec<C>{};
-    }
-    store(sums + j, load(sums + j, n) + total + partial, n);
-  }
+}
+
+template <Activation slope, class D, class T, class... Rest>
+static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
+                      int64_t saved_inner, Rest... rest) {
+  if (src_inner == 1 && (slope == Activation::none || saved_inner == 1))
+    transform<slope, true, D, T>(src, src_outer, 1, saved, saved_outer, 1, rest...);
+  else
+    transform<slope, false, D, T>(src, src_outer, src_inner, saved, saved_outer, saved_inner, rest...);
 }
 
 template <class D, class T, class... Rest>
@@ -111,8 +126,10 @@ EFFENS_INLINE vec_u32 pairs(const T* p, int64_t stride, bool second, int64_t n) 
   uint16_t few[2][lanes<uint32_t>] = {};
   const bool full = n >= lanes<uint32_t>;
   if (!full) {
-    copy_few(few[0], reinterpret_cast<const uint16_t*>(p), n);
-    if (second) copy_few(few[1], reinterpret_cast<const uint16_t*>(p + stride), n);
+    for (int64_t i = 0; i < n; ++i) {
+      few[0][i] = p[i].bits;
+      if (second) few[1][i] = p[stride + i].bits;
+    }
   }
   vec_half_bits low, high{};
   __builtin_memcpy(&low, full ? static_cast<const void*>(p) : few[0], sizeof(low));
@@ -128,7 +145,7 @@ EFFENS_INLINE vec_u32 words(const T* p, int64_t elements) {
     __builtin_memcpy(&v, p, sizeof(v));
   } else {
     uint16_t few[2 * lanes<uint32_t>] = {};
-    copy_few(few, reinterpret_cast<const uint16_t*>(p), elements);
+    for (int64_t i = 0; i < elements; ++i) few[i] = p[i].bits;
     __builtin_memcpy(&v, few, sizeof(v));
   }
   return v;
@@ -165,17 +182,19 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
         }
     }
   } else {
-    constexpr int w = lanes<U>;
     if (row == 1 && sizeof(U) == 4) {
       auto word = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
-        return bit_cast<vec_u32>(load(b + j * col + i, n));
+        return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n)));
       };
       if (cols < width) __builtin_memset(dst, 0, size_t(k * width) * sizeof(U));
       transpose_words(word, k, cols, reinterpret_cast<uint32_t*>(dst), width);
     } else {
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t j = 0; j < width; j += w)
-          store(dst + i * width + j, gather(b + i * row + j * col, col, max<int64_t>(0, cols - j)));
+      by_vectors<U>(cols, [&](int64_t j, auto some) __attribute__((always_inline)) {
+        if (col == 1)
+          for (int64_t i = 0; i < k; ++i) store(dst + i * width + j, load(b + i * row + j, some));
+        else
+          for (int64_t i = 0; i < k; ++i) store(dst + i * width + j, load(b + i * row + j * col, some, col));
+      });
     }
   }
 }

@@ -130,50 +130,79 @@ EFFENS_INLINE void store(T* p, vec<Compute<T>> value) {
   }
 }
 
-// Copies n < lanes elements; a call of memcpy with an unknown length costs more than these few moves.
+// The first n of a vector's lanes.  Loads zero the others and never touch memory beyond; stores leave it alone.
+template <class C>
+struct Some {
+  int64_t n;
+#if EFFENS_VECTOR_BYTES == 64
+  uint32_t mask;
+  explicit Some(int64_t n) : n(n), mask(n < 32 ? (1u << max<int64_t>(0, n)) - 1 : ~0u) {}
+#else
+  explicit Some(int64_t n) : n(min<int64_t>(n, lanes<C>)) {}
+#endif
+};
+template <class C>
+struct All {};  // every lane: the same calls without the care
+
 template <class T>
-EFFENS_INLINE void copy_few(T* to, const T* from, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) __builtin_memcpy(to + i, from + i, sizeof(T));
+EFFENS_INLINE vec<Compute<T>> load(const T* p, All<Compute<T>>) {
+  return load(p);
+}
+template <class T>
+EFFENS_INLINE void store(T* p, vec<Compute<T>> value, All<Compute<T>>) {
+  store(p, value);
 }
 
-// The first n lanes, the others zero; never touches memory beyond them.
 template <class T>
-EFFENS_INLINE vec<Compute<T>> load(const T* p, int64_t n) {
-  if (n >= lanes<Compute<T>>) return load(p);
+EFFENS_INLINE vec<Compute<T>> load(const T* p, Some<Compute<T>> some) {
 #if EFFENS_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4)
-    return bit_cast<vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
-  else if constexpr (sizeof(T) == 2)
-    return widen(bit_cast<vec_half_bits>(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)), T{});
-#endif
+  if constexpr (sizeof(T) == 8)
+    return bit_cast<vec<double>>(_mm512_maskz_loadu_pd(__mmask8(some.mask), p));
+  else if constexpr (sizeof(T) == 4)
+    return bit_cast<vec<float>>(_mm512_maskz_loadu_ps(__mmask16(some.mask), p));
+  else
+    return widen(bit_cast<vec_half_bits>(_mm256_maskz_loadu_epi16(__mmask16(some.mask), p)), T{});
+#else
+  if (some.n == lanes<Compute<T>>) return load(p);
   T few[lanes<Compute<T>>] = {};
-  copy_few(few, p, n);
+  for (int64_t i = 0; i < some.n; ++i) few[i] = p[i];
   return load(few);
+#endif
 }
 
 template <class T>
-EFFENS_INLINE void store(T* p, vec<Compute<T>> value, int64_t n) {
-  if (n >= lanes<Compute<T>>) return store(p, value);
+EFFENS_INLINE void store(T* p, vec<Compute<T>> value, Some<Compute<T>> some) {
 #if EFFENS_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(value));
-    return;
-  } else if constexpr (sizeof(T) == 2) {
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bit_cast<__m256i>(narrow(value, T{})));
-    return;
-  }
-#endif
+  if constexpr (sizeof(T) == 8)
+    _mm512_mask_storeu_pd(p, __mmask8(some.mask), bit_cast<__m512d>(value));
+  else if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, __mmask16(some.mask), bit_cast<__m512>(value));
+  else
+    _mm256_mask_storeu_epi16(p, __mmask16(some.mask), bit_cast<__m256i>(narrow(value, T{})));
+#else
+  if (some.n == lanes<Compute<T>>) return store(p, value);
   T few[lanes<Compute<T>>];
   store(few, value);
-  copy_few(p, few, n);
+  for (int64_t i = 0; i < some.n; ++i) p[i] = few[i];
+#endif
 }
 
-// n elements `stride` apart.
-template <class T>
-EFFENS_INLINE vec<Compute<T>> gather(const T* p, int64_t stride, int64_t n) {
-  if (stride == 1) return load(p, n);
+// Calls f(offset, lanes) over n elements, a vector at a time: All for whole vectors, Some for the rest.
+template <class C, class F>
+EFFENS_INLINE void by_vectors(int64_t n, F f) {
+  int64_t j = 0;
+  for (; j + lanes<C> <= n; j += lanes<C>) f(j, All<C>{});
+  if (j < n) f(j, Some<C>(n - j));
+}
+
+// Lanes `stride` apart.
+template <class T, class Lanes>
+EFFENS_INLINE vec<Compute<T>> load(const T* p, Lanes some, int64_t stride) {
+  if (stride == 1) return load(p, some);
   T few[lanes<Compute<T>>] = {};
-  for (int64_t i = 0; i < min<int64_t>(n, lanes<Compute<T>>); ++i) few[i] = p[i * stride];
+  int64_t n = lanes<Compute<T>>;
+  if constexpr (sizeof(Lanes) > 1) n = min(n, some.n);
+  for (int64_t i = 0; i < n; ++i) few[i] = p[i * stride];
   return load(few);
 }
 

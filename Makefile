@@ -1,0 +1,91 @@
+# Every target sets up what it needs in .venv on a fresh machine with Python >= 3.10 and a C++ compiler.
+#   make test    PYTHON=python3.12 make test    MAX_JOBS=4 make build
+#
+# Stamps under .venv/.stamps remember what is done: a changed requirement reinstalls, a changed C++ source rebuilds.
+
+# A Python that is asked for gets an environment of its own: nothing is ever deleted to make room for it.
+ifdef PYTHON
+  VENV ?= .venv-$(notdir $(PYTHON))
+else
+  PYTHON := python3
+  VENV ?= .venv
+endif
+PY     := $(VENV)/bin/python
+STAMPS := $(VENV)/.stamps
+CMAKE_BUILD := build/cmake
+
+CXX_SOURCES    := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+BUILD_INPUTS   := setup.py pyproject.toml $(wildcard _build_backend/*.py) $(CXX_SOURCES)
+# Tools of the environment (ninja, cmake) are found without activating it.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+
+.DEFAULT_GOAL := help
+.PHONY: help build test test-python test-cpp bench demo lint format config clean distclean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+build: $(STAMPS)/build  ## set up .venv and build the extension in place
+
+test: lint test-cpp test-python  ## lint, C++ unit test, Python tests
+
+test-python: $(STAMPS)/build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-cpp: $(STAMPS)/requirements
+	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) > $(STAMPS)/cmake.log || { cat $(STAMPS)/cmake.log; exit 1; }
+	cmake --build $(CMAKE_BUILD) --target microkernel_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
+	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+bench: $(STAMPS)/build  ## measure every op against its peers and print the report
+	$(PY) -m bench.report $(BENCH_ARGS)
+
+demo: $(STAMPS)/build  ## train the ensembles of the example on real data
+	$(PY) examples/forum_ensembles.py $(DEMO_ARGS)
+
+lint: $(STAMPS)/requirements  ## ruff and clang-format, changing nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(STAMPS)/requirements  ## ruff and clang-format, rewriting files
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+config: $(STAMPS)/build  ## what is built, what runs here, and why not
+	$(PY) -m effens_kernels
+
+clean:  ## remove builds, keep .venv
+	rm -rf build dist *.egg-info effens_kernels/*.so .pytest_cache .ruff_cache
+	rm -f $(STAMPS)/build
+
+distclean: clean  ## remove .venv as well
+	rm -rf $(VENV)
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "make: $(PYTHON) is missing or older than 3.10; choose another, e.g. PYTHON=python3.12 make test"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+	  { echo "make: $(PYTHON) cannot create environments; on Debian or Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} > /dev/null || \
+	  { echo "make: no C++ compiler; on Debian or Ubuntu: sudo apt-get install g++"; exit 1; }
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/requirements: requirements-dev.txt $(STAMPS)/venv
+	@echo "== installing requirements-dev.txt into $(VENV) (torch is large: minutes on a slow line)"
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/requirements $(BUILD_INPUTS)
+	@echo "== building the extension in place"
+	@# pip says nothing while it compiles; its log has ninja's steps, of which the file names are shown.
+	$(PY) -m pip install --disable-pip-version-check --no-build-isolation --no-deps -v -e . 2>&1 \
+	  | tee $(STAMPS)/build.log | sed -unE 's/^ *(\[[0-9]+\/[0-9]+\]).* -c ([^ ]+).*/\1 \2/p' \
+	  || { tail -n 100 $(STAMPS)/build.log; exit 1; }
+	@touch $@

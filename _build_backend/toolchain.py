@@ -1,0 +1,83 @@
+"""What the build needs to know of the machine: the oldest torch, the C++ compiler, the CUDA toolkit."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# The oldest torch whose stable ABI the extension is built for; any later torch loads the same file.
+MIN_TORCH = (2, 10)
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler: $CXX if it is set, else the first usual name on PATH; None if there is none."""
+    wanted = os.environ.get("CXX")
+    if wanted:
+        # $CXX may be "ccache g++": only its first word is a program.
+        if shutil.which(wanted.split()[0]) is None:
+            raise SystemExit(f"effens_kernels: CXX={wanted!r} names a C++ compiler that is not on PATH")
+        return wanted
+    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def find_nvcc() -> str | None:
+    """nvcc under $CUDA_HOME or $CUDA_PATH, on PATH, or in /usr/local/cuda; whether a GPU is visible plays no part."""
+    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [os.path.join(root, "bin", "nvcc") for root in roots]
+    return next(filter(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"]), None)
+
+
+def max_jobs() -> int:
+    """Parallel compilations: $MAX_JOBS, else one per core."""
+    value = os.environ.get("MAX_JOBS") or os.cpu_count() or 1
+    try:
+        return max(1, int(value))
+    except ValueError:
+        raise SystemExit(f"effens_kernels: MAX_JOBS should be a whole number, got {value!r}") from None
+
+
+def gencode_flags(archs: str) -> list[str]:
+    """nvcc flags for "8.0;9.0a;10.0a+PTX", the notation of TORCH_CUDA_ARCH_LIST."""
+    flags = []
+    for arch in re.split(r"[;, ]+", archs.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if match is None:
+            raise SystemExit(f"effens_kernels: TORCH_CUDA_ARCH_LIST has {arch!r}; expected e.g. '8.0;9.0a+PTX'")
+        major, minor, suffix, ptx = match.groups()
+        number = major + minor + suffix
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def cuda_library_flags(nvcc: str) -> list[str]:
+    """-L flags of the toolkit, from nvcc itself: nvcc may be a wrapper script, and layouts differ."""
+    trace = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    match = re.search(r"^#\$ LIBRARIES=(.*)$", trace, re.MULTILINE)
+    return shlex.split(match.group(1)) if match else []
+
+
+def compile_cuda(nvcc: str, flags: list[str], sources: list[Path], headers: list[Path], out: Path) -> list[str]:
+    """The objects of `sources`; one is compiled again if it is older than its inputs or its command has changed."""
+    out.mkdir(parents=True, exist_ok=True)
+    newest_header = max((path.stat().st_mtime for path in headers), default=0.0)
+
+    def compile_one(source: Path) -> str:
+        target, record = out / f"{source.stem}.o", out / f"{source.stem}.command"
+        command = [nvcc, *flags, "-c", str(source), "-o", str(target)]
+        known = record.exists() and record.read_text() == shlex.join(command)
+        if not known or record.stat().st_mtime < max(source.stat().st_mtime, newest_header):
+            print(shlex.join(command), flush=True)
+            record.unlink(missing_ok=True)
+            subprocess.run(command, check=True)
+            record.write_text(shlex.join(command))
+        return str(target)
+
+    with ThreadPoolExecutor(max_jobs()) as pool:
+        return list(pool.map(compile_one, sources))

@@ -1,0 +1,131 @@
+"""One layer: `grouped_linear` against a loop, vmap, baddbmm and grouped_mm.
+
+Per-member inputs are the features of a layer before, so they need a gradient; shared inputs are data and need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effens_kernels import _dispatch, grouped_linear
+from effens_kernels.ops._activations import ACTIVATIONS
+from effens_kernels.testing import LAYER_WORKLOADS, LinearCase
+
+from .base import LOOP, OURS, Contestant, NotApplicableError, Problem, Product, Suite
+
+MORE_WORKLOADS = (
+    LinearCase(10, 256, 8, 64, activation="relu"),
+    LinearCase(10, 256, 64, 20),
+    LinearCase(100, 32, 64, 64, activation="relu"),
+    LinearCase(50, 1, 256, 256),
+    LinearCase(5, 128, 3072, 128, shared=True, activation="relu"),
+    LinearCase(32, 256, 64, 256, shared=True, activation="relu"),
+    LinearCase(10, 200, 123, 77, activation="relu"),
+    LinearCase(10, 256, 256, 256, activation="gelu"),
+    LinearCase(2, 4096, 256, 256),
+    LinearCase(16, 64, 512, 512, activation="relu"),
+)
+
+
+def _inputs(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """The same (x, weight, bias) for every contestant, and the activation."""
+    case = problem.workload
+    x, weight, bias = case.inputs_for(problem.dtype, problem.device, seed=0)
+    x.requires_grad_(not case.shared)
+    return x, weight.requires_grad_(), bias.requires_grad_(), ACTIVATIONS[case.activation].apply
+
+
+def _contestant(
+    name: str, function: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, **labels: str
+) -> Contestant:
+    named = {"x": x, "weight": weight, "bias": bias}
+    leaves = {name: t for name, t in named.items() if t.requires_grad}
+    return Contestant(
+        name,
+        function,
+        (x, weight, bias),
+        list(leaves.values()),
+        lambda: {name: leaf.grad for name, leaf in leaves.items()},
+        **labels,
+    )
+
+
+def loop(problem: Problem) -> Contestant:
+    """As with a list of `nn.Linear`: parameters of each member are tensors of their own."""
+    x, weight, bias, activation = _inputs(problem)
+    weights = [w.detach().clone().requires_grad_() for w in weight]
+    biases = [b.detach().clone().requires_grad_() for b in bias]
+
+    def function(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        rows = [x] * len(weights) if x.dim() == 2 else x.unbind()
+        return torch.stack([activation(F.linear(*member)) for member in zip(rows, weights, biases, strict=True)])
+
+    def gradients() -> dict[str, Tensor]:
+        found = {"x": x.grad} if x.requires_grad else {}
+        return found | {"weight": torch.stack([w.grad for w in weights]), "bias": torch.stack([b.grad for b in biases])}
+
+    return Contestant(LOOP, function, (x, weights, biases), [x, *weights, *biases], gradients)
+
+
+def vmap(problem: Problem) -> Contestant:
+    x, weight, bias, activation = _inputs(problem)
+    linear = torch.func.vmap(F.linear, in_dims=(None if x.dim() == 2 else 0, 0, 0))
+    return _contestant("vmap", lambda *tensors: activation(linear(*tensors)), x, weight, bias)
+
+
+def baddbmm(problem: Problem) -> Contestant:
+    x, weight, bias, activation = _inputs(problem)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        rows = x.expand(len(weight), *x.shape) if x.dim() == 2 else x
+        return activation(torch.baddbmm(bias.unsqueeze(1), rows, weight.mT))
+
+    return _contestant("baddbmm", function, x, weight, bias)
+
+
+def grouped_mm(problem: Problem) -> Contestant:
+    if not hasattr(F, "grouped_mm"):
+        raise NotApplicableError(f"torch {torch.__version__} has no torch.nn.functional.grouped_mm")
+    x, weight, bias, activation = _inputs(problem)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # grouped_mm takes neither a bias nor shared rows
+        rows = x.expand(len(weight), *x.shape).contiguous() if x.dim() == 2 else x
+        return activation(F.grouped_mm(rows, weight.mT) + bias.unsqueeze(1))
+
+    return _contestant("grouped_mm", function, x, weight, bias)
+
+
+def ours(problem: Problem) -> list[Contestant]:
+    """Every backend that runs here; the one that dispatch chooses comes first and stands for the package."""
+    question = _dispatch.Problem("grouped_linear", problem.device, problem.dtype)
+    chosen = _dispatch.select(question)
+    found = []
+    for backend in sorted(_dispatch.BACKENDS, key=lambda backend: backend != chosen):
+        if _dispatch.why_not(backend, question) is not None:
+            continue
+
+        def function(x: Tensor, weight: Tensor, bias: Tensor, backend: str = backend) -> Tensor:
+            return grouped_linear(x, weight, bias, activation=problem.workload.activation, backend=backend)
+
+        name, kind = (OURS, "ours") if backend == chosen else (f"{OURS} ({backend})", "backend")
+        found.append(_contestant(name, function, *_inputs(problem)[:3], kind=kind, note=f"backend {backend}"))
+    return found
+
+
+def products(case: LinearCase) -> list[Product]:
+    return [Product(case.members * case.batch, case.inputs, case.outputs, not case.shared)]
+
+
+SUITE = Suite(
+    name="layers",
+    title="Layers: grouped_linear",
+    workloads=LAYER_WORKLOADS,
+    more_workloads=MORE_WORKLOADS,
+    peers={LOOP: loop, "vmap": vmap, "baddbmm": baddbmm, "grouped_mm": grouped_mm},
+    ours=ours,
+    products=products,
+)

@@ -1,0 +1,125 @@
+"""A picture of a result file: time relative to the limit, a panel for each suite, dtype and number of threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from textwrap import fill
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from .contestants import SUITES
+from .contestants.base import COMPILE, LOOP, OURS
+from .results import Results, Row
+
+COLORS = {
+    LOOP: "#c9ced6",
+    "vmap": "#a9b4c4",
+    "baddbmm": "#8093ad",
+    "grouped_mm": "#5d7596",
+    COMPILE: "#3f5878",
+    OURS: "#e4572e",
+}
+FALLBACK_COLOR = "#f2b59f"  # our backends other than the default one
+TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
+
+
+def plot(results: Results, path: Path) -> None:
+    panels: dict[tuple[str, str, int], list[Row]] = {}
+    for row in results.rows:
+        panels.setdefault((row.suite, row.dtype, row.threads), []).append(row)
+    most = max(len(rows) for rows in panels.values())
+    figure, axes = plt.subplots(
+        len(panels), squeeze=False, figsize=(max(9.0, 1.9 * most), 3.6 * len(panels) + 1.0), layout="constrained"
+    )
+    handles: dict[str, BarContainer] = {}
+    for axis, ((suite, dtype, threads), rows) in zip(axes.flat, panels.items(), strict=True):
+        handles.update(_panel(axis, rows))
+        title = SUITES[suite].title if suite in SUITES else suite
+        axis.set_title(
+            f"{title}   ({dtype}, {threads} {'thread' if threads == 1 else 'threads'})",
+            loc="left",
+            fontsize=11,
+            fontweight="bold",
+        )
+    order = sorted(handles, key=_rank)
+    figure.legend([handles[name] for name in order], order, loc="outside upper center", ncols=len(order), frameon=False)
+    figure.supylabel(
+        "forward + backward, time relative to plain matrix products (log scale, lower is better)", fontsize=10
+    )
+    facts = results.provenance
+    figure.text(
+        1,
+        0,
+        f"{facts['device']}, torch {facts['versions']['torch']}, commit {facts['commit']}, "
+        f"{facts['date'][:10]}. Medians; whiskers: 20th to 80th percentile.",
+        ha="right",
+        va="top",
+        fontsize=8,
+        color="#666666",
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
+    plt.close(figure)
+
+
+def _rank(name: str) -> int:
+    return list(COLORS).index(name) if name in COLORS else len(COLORS)
+
+
+def _panel(axis: Axes, rows: list[Row]) -> dict[str, BarContainer]:
+    """Bars grow from the limit, so that their height is what a contestant wastes; returns one bar a contestant."""
+    timed = {e.name for row in rows for e in row.entries if e.kind != "limit" and e.timing}
+    names = sorted(timed, key=_rank)
+    width = 0.84 / max(1, len(names))
+    handles, high, low = {}, 2.0, 1.0
+    for n, name in enumerate(names):
+        for group, row in enumerate(rows):
+            entry, bound = row.entry(name), row.of_kind("limit")
+            if entry is None or bound is None:
+                continue
+            limit, stat = bound.seconds().median, entry.seconds()
+            ratio = stat.median / limit
+            x = group + (n - (len(names) - 1) / 2) * width
+            handles[name] = axis.bar(
+                x, ratio - 1, width * 0.92, bottom=1, color=COLORS.get(name, FALLBACK_COLOR), zorder=3
+            )
+            axis.plot(
+                [x, x], [stat.p20 / limit, stat.p80 / limit], color="#222222", linewidth=0.8, zorder=4, clip_on=True
+            )
+            high, low = max(high, ratio), min(low, ratio)
+            ours = name == OURS
+            axis.annotate(
+                f"{ratio:.{2 if ratio < 2 else 1 if ratio < 10 else 0}f}",
+                (x, max(1, min(stat.p80 / limit, 1.25 * ratio))),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+                color=COLORS[OURS] if ours else "#555555",
+                fontweight="bold" if ours else "normal",
+                zorder=6,
+                bbox={"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
+            )
+    axis.set_yscale("log")
+    axis.set_ylim(low / 1.12, high * 1.5)
+    axis.yaxis.set_major_locator(FixedLocator(TICKS))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axis.set_xlim(-0.5, len(rows) - 0.4)
+    axis.set_xticks(range(len(rows)), [fill(row.workload, 18) for row in rows], fontsize=8.5)
+    axis.tick_params(length=0)
+    axis.grid(axis="y", color="#e6e6e6", zorder=0)
+    axis.axhline(1, color="#222222", linewidth=1.2, zorder=5)
+    axis.annotate(
+        "limit", (len(rows) - 0.4, 1), ha="right", va="bottom", fontsize=8, xytext=(0, 1), textcoords="offset points"
+    )
+    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    return handles

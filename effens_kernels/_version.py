@@ -1,0 +1,3 @@
+"""The one version string: pyproject.toml and `effens_kernels.__version__` both read it."""
+
+__version__ = "0.1.0"

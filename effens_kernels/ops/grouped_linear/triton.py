@@ -1,0 +1,216 @@
+"""grouped_linear in Triton: one launch forward, one for dx, one for dW with db.
+
+A shared x [B, I] is never expanded: its forward is one product with E*O columns, its dx one reduction over E*O, and
+its dW one product with E*O rows.  In the kernels FOLD marks the dimension that runs over (member, output) then.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_engine import (
+    activate,
+    capability,
+    choose_tile,
+    contract,
+    launch,
+    load_gradient,
+    load_tile,
+    lines,
+    operand,
+    precision,
+    program_tile,
+    row_sums,
+    store_tile,
+)
+
+
+WIDE = False
+
+@triton.jit(do_not_specialize=["members", "rows"])
+def grouped_linear_fwd_kernel(
+    x, weight, bias, y, z, members, rows, outputs, inputs,
+    x_member, x_row, x_in, w_member, w_out, w_in, b_member, b_out,
+    FOLD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """y = act(x W^T + b) as [rows, outputs] = [rows, inputs] x [outputs, inputs]^T; z receives the pre-activation."""
+    columns = outputs
+    if FOLD:
+        columns = outputs * members
+    member, m, n = program_tile(rows, tl.cdiv(columns, BLOCK_N), BLOCK_M)
+    if not FOLD:
+        x += member * x_member
+        weight += member * w_member
+        y += member * rows * outputs
+
+    p, offsets, valid = lines(x, m, rows, x_row, 1, 0, False, WIDE, BLOCK_M)
+    x_rows = operand(p, offsets, valid, x_in, 0, False, WIDE, BLOCK_K)
+    p, offsets, valid = lines(weight, n, columns, w_out, outputs, w_member, FOLD, WIDE, BLOCK_N)
+    w_rows = operand(p, offsets, valid, w_in, 0, False, WIDE, BLOCK_K)
+    acc = contract(load_tile, x_rows, None, load_tile, w_rows, None, inputs, 1, False, WIDE,
+                   EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+
+    if bias is not None:
+        if not FOLD:
+            bias += member * b_member
+        p, offsets, valid = lines(bias, n, columns, b_out, outputs, b_member, FOLD, WIDE, BLOCK_N)
+        acc += tl.load(p + offsets, mask=valid, other=0.0).to(tl.float32)[None, :]
+    if z is not None:
+        if not FOLD:
+            z += member * rows * outputs
+        store_tile(z, acc, m, rows, outputs, n, columns, 1, outputs, rows * outputs, FOLD, WIDE, BLOCK_M, BLOCK_N)
+    store_tile(y, activate(acc, ACTIVATION), m, rows, outputs, n, columns, 1, outputs, rows * outputs, FOLD, WIDE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["members", "rows"])
+def grouped_linear_dgrad_kernel(
+    grad, saved, weight, dx, members, rows, outputs, inputs,
+    g_member, g_row, g_out, s_member, s_row, s_out, w_member, w_out, w_in, dx_member, dx_row, dx_in,
+    FOLD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """dx = g W as [rows, inputs] = [rows, outputs] x [inputs, outputs]^T, g = grad * act'; FOLD sums over members."""
+    member, m, n = program_tile(rows, tl.cdiv(inputs, BLOCK_N), BLOCK_M)
+    size = outputs
+    if FOLD:
+        size = outputs * members
+
+    p, offsets, valid = lines(grad + member * g_member, m, rows, g_row, 1, 0, False, WIDE, BLOCK_M)
+    g = operand(p, offsets, valid, g_out, g_member, FOLD, WIDE, BLOCK_K)
+    s = g
+    if ACTIVATION is not None:
+        p, offsets, valid = lines(saved + member * s_member, m, rows, s_row, 1, 0, False, WIDE, BLOCK_M)
+        s = operand(p, offsets, valid, s_out, s_member, FOLD, WIDE, BLOCK_K)
+    p, offsets, valid = lines(weight + member * w_member, n, inputs, w_in, 1, 0, False, WIDE, BLOCK_N)
+    w = operand(p, offsets, valid, w_out, w_member, FOLD, WIDE, BLOCK_K)
+    acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, w, None, size, outputs, FOLD, WIDE,
+                   EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    store_tile(dx + member * dx_member, acc, m, rows, dx_row, n, inputs, dx_in, 1, 0, False, WIDE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit(do_not_specialize=["members", "rows"])
+def grouped_linear_wgrad_kernel(
+    grad, saved, x, dw, db, members, rows, outputs, inputs,
+    g_member, g_row, g_out, s_member, s_row, s_out, x_member, x_row, x_in,
+    FOLD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):
+    """dW = g^T x as [outputs, inputs] = [outputs, rows] x [inputs, rows]^T; db = row sums of g^T, by the programs of
+    one further column tile.  Either of dw and db may be None."""
+    height = outputs
+    if FOLD:
+        height = outputs * members
+    column_tiles = 0
+    if dw is not None:
+        column_tiles = tl.cdiv(inputs, BLOCK_N)
+    all_tiles = column_tiles
+    if db is not None:
+        all_tiles = column_tiles + 1
+    member, m, n = program_tile(height, all_tiles, BLOCK_M)
+    saved_or_grad = grad
+    if ACTIVATION is not None:
+        saved_or_grad = saved
+    if not FOLD:
+        grad += member * g_member
+        if ACTIVATION is not None:
+            saved += member * s_member
+
+    p, offsets, valid = lines(grad, m, height, g_out, outputs, g_member, FOLD, WIDE, BLOCK_M)
+    g = operand(p, offsets, valid, g_row, 0, False, WIDE, BLOCK_K)
+    s = g
+    if ACTIVATION is not None:
+        p, offsets, valid = lines(saved, m, height, s_out, outputs, s_member, FOLD, WIDE, BLOCK_M)
+        s = operand(p, offsets, valid, s_row, 0, False, WIDE, BLOCK_K)
+    if n < column_tiles:
+        p, offsets, valid = lines(x + member * x_member, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N)
+        x_columns = operand(p, offsets, valid, x_row, 0, False, WIDE, BLOCK_K)
+        acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, x_columns, None, rows, 1, False, WIDE,
+                       EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        store_tile(dw + member * outputs * inputs, acc, m, height, inputs, n, inputs, 1, 1, 0, False, WIDE,
+                   BLOCK_M, BLOCK_N)
+    elif db is not None:
+        sums = row_sums(load_gradient, (g, s), ACTIVATION, rows, 1, False, WIDE, EVEN_K, BLOCK_M, BLOCK_K)
+        p, offsets, valid = lines(db + member * outputs, m, height, 1, 1, 0, False, WIDE, BLOCK_M)
+        tl.store(p + offsets, sums.to(db.dtype.element_ty), mask=valid)
+
+
+def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
+        save_preactivation: bool) -> tuple[Tensor, Tensor]:
+    """(y, z): act(z) contiguous [E, B, O], and z likewise, or empty where it need not be saved."""
+    members, outputs, inputs = weight.shape
+    rows, fold = x.shape[-2], x.dim() == 2
+    y = x.new_empty((members, rows, outputs))
+    z = x.new_empty(y.shape if save_preactivation else 0)
+    if y.numel() == 0:
+        return y, z
+    products, columns = (1, members * outputs) if fold else (members, outputs)
+    how = precision(x.dtype)
+    tile = choose_tile(products, rows, columns, x.dtype, how, capability(x.device))
+    launch(
+        grouped_linear_fwd_kernel,
+        products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),
+        x,
+        (x, weight, bias, y, z if save_preactivation else None, members, rows, outputs, inputs,
+         *_strides(x), *weight.stride(), *((0, 0) if bias is None else bias.stride())),
+        tile, FOLD=fold, WIDE=WIDE, ACTIVATION=activation, EVEN_K=inputs % tile.BLOCK_K == 0, PRECISION=how,
+    )
+    return y, z
+
+
+def bwd(grad: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str | None,
+        need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx like x, dW [E, O, I], db [E, O]), an empty tensor in place of each that is not needed."""
+    dx = torch.empty_like(x) if need_x else x.new_empty(0)
+    dw = x.new_empty(weight.shape if need_weight else 0)
+    db = x.new_empty(weight.shape[:2] if need_bias else 0)
+    through = None if activation is None else saved
+    if dx.numel():
+        _dgrad(grad, through, activation, weight, dx)
+    if dw.numel() or db.numel():
+        _wgrad(grad, through, activation, x, dw if dw.numel() else None, db if need_bias else None)
+    return dx, dw, db
+
+
+def _dgrad(grad: Tensor, saved: Tensor | None, activation: str | None, weight: Tensor, dx: Tensor) -> None:
+    members, outputs, inputs = weight.shape
+    rows, fold = dx.shape[-2], dx.dim() == 2
+    products, size = (1, members * outputs) if fold else (members, outputs)
+    how = precision(dx.dtype)
+    tile = choose_tile(products, rows, inputs, dx.dtype, how, capability(dx.device), 1 if saved is None else 2)
+    launch(
+        grouped_linear_dgrad_kernel,
+        products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(inputs, tile.BLOCK_N),
+        dx,
+        (grad, saved, weight, dx, members, rows, outputs, inputs,
+         *grad.stride(), *_strides(saved), *weight.stride(), *_strides(dx)),
+        tile, FOLD=fold, WIDE=WIDE, ACTIVATION=activation, EVEN_K=size % tile.BLOCK_K == 0, PRECISION=how,
+    )
+
+
+def _wgrad(grad: Tensor, saved: Tensor | None, activation: str | None, x: Tensor, dw: Tensor | None,
+           db: Tensor | None) -> None:
+    members, rows, outputs = grad.shape
+    inputs, fold = x.shape[-1], x.dim() == 2
+    products, height = (1, members * outputs) if fold else (members, outputs)
+    how = precision(x.dtype)
+    tile = choose_tile(products, height, inputs, x.dtype, how, capability(x.device), 1 if saved is None else 2)
+    column_tiles = (0 if dw is None else triton.cdiv(inputs, tile.BLOCK_N)) + (db is not None)
+    launch(
+        grouped_linear_wgrad_kernel,
+        products * triton.cdiv(height, tile.BLOCK_M) * column_tiles,
+        x,
+        (grad, saved, x, dw, db, members, rows, outputs, inputs,
+         *grad.stride(), *_strides(saved), *_strides(x)),
+        tile, FOLD=fold, WIDE=WIDE, ACTIVATION=activation, EVEN_K=rows % tile.BLOCK_K == 0, PRECISION=how,
+    )
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
+    """(member, row, feature) strides; the member stride of a shared [B, I] tensor is 0."""
+    if tensor is None:
+        return 0, 0, 0
+    return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())

@@ -1,0 +1,327 @@
+"""The Triton building blocks that the ops compose, and the one table that sizes their tiles.
+
+    contract    acc[m, n] = sum_k a[m, k] b[n, k]     every y, dx and dW is one
+    row_sums    sum_k a[m, k]                         db, by programs of their own beside those of dW
+
+An *operand* is what `operand()` makes: the pointers of a `[rows, BLOCK_K]` tile, its row mask, and how it advances
+along the reduction.  Rows may be batch rows, columns of the product or both folded with the member index; so may
+the reduction (FOLD: index k stands for member k // group and position k % group, which turns a sum over
+members into one long sum).  A *loader* turns an operand into a tile and may transform it on the way:
+
+    load(operand, k, size, group, TRANSFORM, FOLD, EVEN_K, BLOCK_K) -> [rows, BLOCK_K]
+
+`load_tile` only loads; `load_gradient` takes a pair of operands and multiplies by an activation's slope.  A new
+transform (a scale, a mix of templates) is a new loader over `load_tile`.  Triton cannot keep functions or strings in
+tuples, so a loader travels as an argument of its own, with its one compile-time choice TRANSFORM beside it.
+What happens to the float32 `acc` afterwards (bias, `activate`, scale, store) is the op's epilogue.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter computes bfloat16 products wrongly, without a word: there every tile is float32 from load to store.
+_UPCAST = tl.constexpr(bool(triton.knobs.runtime.interpret))
+_GROUP = tl.constexpr(8)  # row tiles that share a pass over the columns, so that both stay in L2
+
+
+# ------------------------------------------------------------------------------------------------ device: indices
+
+
+@triton.jit
+def program_tile(rows, column_tiles, BLOCK_M: tl.constexpr):
+    """(member, row tile, column tile) of this program: members slowest, then groups of row tiles, rows fastest."""
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    program = tl.program_id(0)
+    member = program // (row_tiles * column_tiles)
+    program = program % (row_tiles * column_tiles)
+    first = program // (_GROUP * column_tiles) * _GROUP
+    height = tl.minimum(row_tiles - first, _GROUP)
+    program = program % (_GROUP * column_tiles)
+    return member.to(tl.int64), first + program % height, program // height
+
+
+@triton.jit
+def folded_offsets(index, group, stride, group_stride, WIDE: tl.constexpr):
+    """Offsets of indices that run over (member, position): member index // group, position index % group."""
+    member = index // group
+    position = index % group
+    if WIDE:
+        member = member.to(tl.int64)
+        position = position.to(tl.int64)
+    return member * group_stride + position * stride
+
+
+@triton.jit
+def lines(pointer, tile, size, stride, group, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
+          BLOCK: tl.constexpr):
+    """(pointer, offsets, valid) of the lines of one tile along a dimension of `size` lines.
+
+    The pointer moves to the tile by 64-bit arithmetic; offsets within it are 32-bit, which halves the registers that
+    addresses take, unless WIDE.
+    """
+    local = tl.arange(0, BLOCK)
+    index = tile * BLOCK + local
+    if FOLD:
+        offsets = folded_offsets(index, group, stride, group_stride, WIDE)
+    else:
+        pointer += tl.cast(tile * BLOCK, tl.int64) * stride
+        if WIDE:
+            local = local.to(tl.int64)
+        offsets = local * stride
+    return pointer, offsets, index < size
+
+
+@triton.jit
+def operand(pointer, offsets, valid, stride, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
+            BLOCK_K: tl.constexpr):
+    """The given lines as a `[lines, BLOCK_K]` tile; `stride` (and with FOLD `group_stride`) lead along the reduction."""
+    offsets = offsets[:, None]
+    if not FOLD:
+        along = tl.arange(0, BLOCK_K)
+        if WIDE:
+            along = along.to(tl.int64)
+        offsets = offsets + (along * stride)[None, :]
+    return pointer, offsets, valid[:, None], stride, group_stride
+
+
+# ------------------------------------------------------------------------------------------------ device: loaders
+
+
+@triton.jit
+def load_tile(operand, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
+              EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    pointer, offsets, valid, stride, group_stride = operand
+    index = k + tl.arange(0, BLOCK_K)
+    if FOLD:
+        offsets = offsets + folded_offsets(index, group, stride, group_stride, WIDE)[None, :]
+    else:
+        pointer += tl.cast(k, tl.int64) * stride
+    if not EVEN_K:
+        valid = valid & (index < size)[None, :]
+    tile = tl.load(pointer + offsets, mask=valid, other=0.0)
+    if _UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def load_gradient(operands, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
+                  EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """grad * slope(saved): the gradient before activation TRANSFORM, from the gradient after it."""
+    grad, saved = operands
+    tile = load_tile(grad, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
+    if TRANSFORM is not None:
+        by = load_tile(saved, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
+        tile = through_activation(tile, by, TRANSFORM)
+    return tile
+
+
+# ------------------------------------------------------------------------------------------------ device: sums
+
+
+@triton.jit
+def contract(load_a, a, A: tl.constexpr, load_b, b, B: tl.constexpr, size, group, FOLD: tl.constexpr,
+             WIDE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """acc[m, n] = sum over k < size of a[m, k] b[n, k], in float32; A and B are the loaders' TRANSFORMs."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, size, BLOCK_K):
+        a_tile = load_a(a, k, size, group, A, FOLD, WIDE, EVEN_K, BLOCK_K)
+        b_tile = load_b(b, k, size, group, B, FOLD, WIDE, EVEN_K, BLOCK_K)
+        acc = tl.dot(a_tile, tl.trans(b_tile), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def row_sums(load_a, a, A: tl.constexpr, size, group, FOLD: tl.constexpr, WIDE: tl.constexpr,
+             EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """sum over k < size of a[m, k], in float32.
+
+    Inside `contract` the same sums would cost the tensor cores a third of their time (shuffles and barriers in
+    the loop); programs of their own read `a` once more, from L2, and leave that loop alone.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for k in range(0, size, BLOCK_K):
+        acc += load_a(a, k, size, group, A, FOLD, WIDE, EVEN_K, BLOCK_K).to(tl.float32)
+    return tl.sum(acc, 1)
+
+
+@triton.jit
+def store_tile(pointer, acc, m, rows, row_stride, n, columns, stride, group, group_stride, FOLD: tl.constexpr,
+               WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    pointer, down, row_valid = lines(pointer, m, rows, row_stride, 1, 0, False, WIDE, BLOCK_M)
+    pointer, along, column_valid = lines(pointer, n, columns, stride, group, group_stride, FOLD, WIDE, BLOCK_N)
+    tl.store(pointer + (down[:, None] + along[None, :]), acc.to(pointer.dtype.element_ty),
+             mask=row_valid[:, None] & column_valid[None, :])
+
+
+# ------------------------------------------------------------------------------------------------ device: activations
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z) of a float32 tile, as `_activations` defines it (relu keeps NaN, as torch does)."""
+    if ACTIVATION == "relu":
+        z = tl.where(z < 0, 0.0, z)
+    if ACTIVATION == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    if ACTIVATION == "silu":
+        z = z / (1 + tl.exp(-z))
+    if ACTIVATION == "tanh":
+        z = _tanh(z)
+    return z
+
+
+@triton.jit
+def through_activation(grad, saved, ACTIVATION: tl.constexpr):
+    """grad * act'(z) in grad's dtype, from what the activation saves (its output, or z)."""
+    if ACTIVATION == "relu":
+        return tl.where(saved <= 0, 0.0, grad).to(grad.dtype)
+    g = grad.to(tl.float32)
+    s = saved.to(tl.float32)
+    if ACTIVATION == "gelu":
+        g = g * (0.5 + 0.5 * tl.erf(s * 0.7071067811865476) + s * (tl.exp(-0.5 * s * s) * 0.3989422804014327))
+    if ACTIVATION == "silu":
+        p = 1 / (1 + tl.exp(-s))
+        g = g * (p * (1 + s * (1 - p)))
+    if ACTIVATION == "tanh":
+        g = g * (1 - s * s)
+    return g.to(grad.dtype)
+
+
+@triton.jit
+def _tanh(z):
+    # 1 - exp(-2|z|) cancels near zero, where the series is exact to float32.
+    t = tl.exp(-2 * tl.abs(z))
+    far = (1 - t) / (1 + t)
+    q = z * z
+    near = z * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
+    return tl.where(q < 0.0625, near, tl.where(z < 0, -far, far))
+
+
+# ------------------------------------------------------------------------------------------------ host: tile sizes
+
+
+class Tile(NamedTuple):
+    """What one program computes: BLOCK_M x BLOCK_N results, BLOCK_K of the reduction at a time."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# Largest first.  "tensor" rows count BLOCK_K in 32-bit words: 16-bit types take twice that (and tensor cores ask for
+# K >= 16 there); "fma" is float32 without TF32, computed by ordinary multiply-adds, whose operands live in registers.
+TILES: dict[str, tuple[Tile, ...]] = {
+    "tensor": (
+        Tile(128, 256, 32, 8, 4),  # sm_90 and later
+        Tile(128, 128, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4),
+        Tile(32, 32, 32, 4, 4),
+        Tile(64, 16, 32, 4, 4),
+        Tile(16, 64, 64, 4, 4),
+        Tile(16, 16, 32, 4, 4),
+    ),
+    "fma": (
+        Tile(128, 128, 16, 8, 3),
+        Tile(64, 64, 16, 4, 3),
+        Tile(32, 32, 32, 4, 3),
+        Tile(64, 16, 32, 4, 3),
+        Tile(16, 64, 32, 4, 3),
+        Tile(16, 16, 32, 4, 3),
+    ),
+}
+_INTERPRETER = 0  # the capability that stands for it
+
+
+class Device(NamedTuple):
+    """What the choice of a tile knows of a device."""
+
+    fill: int  # programs that keep it busy
+    stages: int  # bytes of shared memory that the stages of one program may take
+    widest: int  # largest BLOCK_N
+
+
+# By compute capability (a later one takes the last row not above it).
+DEVICES = {
+    _INTERPRETER: Device(8, 160 << 10, 128),  # tens of milliseconds a program
+    80: Device(108, 160 << 10, 128),
+    90: Device(132, 224 << 10, 256),
+    100: Device(148, 224 << 10, 256),
+}
+
+
+def _device(capability: int) -> Device:
+    return DEVICES[max((c for c in DEVICES if c <= capability), default=80)]
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(members: int, rows: int, columns: int, dtype: torch.dtype, precision: str, capability: int,
+                a_loads: int = 1) -> Tile:
+    """The tile for `members` products of [rows, columns] each; `a_loads` tensors are read for operand a.
+
+    The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
+    way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.
+    Stages are cut to what shared memory holds.
+    """
+    kind = "fma" if dtype == torch.float32 and precision == "ieee" else "tensor"
+    here = _device(capability)
+    tall, wide = max(16, triton.next_power_of_2(rows)), min(here.widest, max(16, triton.next_power_of_2(columns)))
+    fitting = [tile for tile in TILES[kind] if tile.BLOCK_M <= tall and tile.BLOCK_N <= wide]
+    for tile in fitting:
+        if members * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N) >= here.fill:
+            break
+    return adapt(tile, dtype, capability, a_loads)
+
+
+def adapt(tile: Tile, dtype: torch.dtype, capability: int, a_loads: int) -> Tile:
+    """`tile` with BLOCK_K in elements of `dtype` and no more stages than shared memory holds."""
+    if dtype.itemsize == 2:
+        tile = tile._replace(BLOCK_K=2 * tile.BLOCK_K)
+    if capability < 90 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128:  # mma.sync takes its operands from registers
+        tile = tile._replace(BLOCK_K=tile.BLOCK_K // 2)
+    stage = (a_loads * tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
+    return tile._replace(num_stages=max(2, min(tile.num_stages, _device(capability).stages // stage)))
+
+
+# ------------------------------------------------------------------------------------------------ host: launch
+
+
+@cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def capability(device: torch.device) -> int:
+    """80, 90, ... of a GPU; `_INTERPRETER` for the interpreter's CPU tensors."""
+    return _capability(device.index) if device.type == "cuda" else _INTERPRETER
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: "tf32" where the user allows PyTorch's own matmul that, else "ieee"."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def launch(kernel: triton.JITFunction, programs: int, on: Tensor, arguments: tuple, tile: Tile, **switches) -> None:
+    """Run `programs` programs of `kernel` on the device of `on`, whichever device is current."""
+    if programs >= 2**31:
+        raise ValueError(f"{kernel.fn.__name__}: {programs} tiles are more than one launch can hold (2**31 - 1)")
+    # Named, since Triton 3.10 changes what is the default.
+    switches.update(tile._asdict(), enable_fp_fusion=True)
+    if on.is_cuda and on.device.index != torch.cuda.current_device():
+        with torch.cuda.device(on.device):
+            kernel[(programs,)](*arguments, **switches)
+    else:
+        kernel[(programs,)](*arguments, **switches)
