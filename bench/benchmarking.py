@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 
 import pytest
@@ -16,11 +16,13 @@ from .timing import fixed_threads
 ROUNDS, WARM_UP_ROUNDS = 20, 3
 
 
-def cases(suite: Suite) -> Iterator[object]:
+def cases(suite: Suite) -> list:
     """Parameters (workload, contestant's name) for `pytest.mark.parametrize`."""
-    for workload in suite.workloads:
-        for name in (*suite.peers, OURS, LIMIT):
-            yield pytest.param(workload, name, id=f"{workload}-{name.replace(' ', '_')}")
+    return [
+        pytest.param(workload, name, id=f"{workload}-{name.replace(' ', '_')}")
+        for workload in suite.workloads
+        for name in (*suite.peers, OURS, LIMIT)
+    ]
 
 
 def run(benchmark: Callable, suite: Suite, workload: object, name: str, threads: int = 1) -> None:

@@ -102,7 +102,7 @@ def _panel(axis: Axes, rows: list[Row]) -> dict[str, BarContainer]:
                 textcoords="offset points",
                 ha="center",
                 va="bottom",
-                fontsize=7.5,
+                fontsize=7.5 if len(rows) * len(names) < 40 else 6.3,
                 color=COLORS[OURS] if ours else "#555555",
                 fontweight="bold" if ours else "normal",
                 zorder=6,

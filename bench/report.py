@@ -52,6 +52,8 @@ def main() -> None:
     for measure in args.measure:
         for suite in args.op:
             chosen = [row for row in rows if row.suite == suite]
+            if not chosen:
+                continue
             what = "forward + backward" if measure == "total" else measure
             console.print(terminal_table(f"{SUITES[suite].title}, {what}, {describe(args)}", chosen, measure))
     for reason in reasons(rows):
@@ -60,8 +62,8 @@ def main() -> None:
     disturbed = sum(row.disturbed() for row in rows)
     if disturbed:
         console.print(
-            f"[yellow]{disturbed} of {len(rows)} rows were disturbed: the plain products themselves varied by more than "
-            f"{DISTURBED:g} x between the 20th and the 80th percentile. Repeat on a quiet machine."
+            f"[yellow]{disturbed} of {len(rows)} rows were disturbed: the plain products themselves varied by more "
+            f"than {DISTURBED:g} x between the 20th and the 80th percentile. Repeat on a quiet machine."
         )
 
     results = Results(facts, rows)

@@ -88,6 +88,8 @@ class Results:
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent == LOCAL:  # what a user measures at home stays out of git
+            (LOCAL / ".gitignore").write_text("*\n")
         path.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
 
     @classmethod

@@ -169,9 +169,10 @@ struct Product {
 
   void prepare_b(int64_t r, int64_t block) {
     const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
-    // In place: whole vectors, no conversion, and too few strips for packing to pay.
-    const bool few = m1 - m0 <= 3 * strip_rows || (m1 - m0 <= 8 * strip_rows && 2 * ways(k_step, p.b.row) <= 16);
-    if (same_type && per_unit<U> == 1 && p.b.col == 1 && (n1 - n0) % w == 0 && few) {
+    // In place: whole vectors, no conversion, and all of it in L1 or too few strips for packing to pay.
+    const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 24 << 10;
+    const bool in_place = same_type && per_unit<U> == 1 && p.b.col == 1 && (n1 - n0) % w == 0;
+    if (in_place && (little || m1 - m0 <= 3 * strip_rows)) {
       b_data = reinterpret_cast<const U*>(src), b_ld = p.b.row;
       return;
     }
@@ -227,13 +228,14 @@ struct Product {
     return ceil_div(lines, apart ? 64 / apart : 1);
   }
 
-  // One block of k of all of the task's rows, strip after strip; 32 steps of k at a time, so that lines are met once.
+  // One block of k of all of the task's rows, strip after strip; a few steps of k at a time, so that lines are met once.
   void pack_a(int64_t r, int64_t kb, C* sum) {
     const int64_t k0 = kb * k_step, k = block_elements(kb);
     const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + m0;
     const T* saved = static_cast<const T*>(p.saved.data) + g * p.saved.batch + r * p.saved.reduce + m0 * p.saved.row;
-    for (int64_t u = 0; u < k; u += 32) {
-      const int64_t steps = min<int64_t>(32, k - u), at = k0 + u;
+    const int64_t chunk = ways(32, p.a.col) <= 8 ? 32 : 8;
+    for (int64_t u = 0; u < k; u += chunk) {
+      const int64_t steps = min<int64_t>(chunk, k - u), at = k0 + u;
       each_strip([&](int64_t i, int64_t rows) {
         const T* from = src + (i - m0) + at * p.a.col;
         const T* s = p.slope == Activation::none ? nullptr : saved + (i - m0) * p.saved.row + at * p.saved.col;

@@ -44,6 +44,8 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
     vec<U> column[vectors];
 #pragma GCC unroll 2
     for (int j = 0; j < vectors; ++j) __builtin_memcpy(&column[j], b + j * w, sizeof(column[j]));
+#pragma GCC unroll 2
+    for (int j = 0; j < vectors; ++j) __builtin_prefetch(b + 8 * ldb + j * w);  // panels stream from L2
     b += ldb;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {

@@ -3,17 +3,20 @@
     contract    acc[m, n] = sum_k a[m, k] b[n, k]     every y, dx and dW is one
     row_sums    sum_k a[m, k]                         db, by programs of their own beside those of dW
 
-An *operand* is what `operand()` makes: the pointers of a `[rows, BLOCK_K]` tile, its row mask, and how it advances
-along the reduction.  Rows may be batch rows, columns of the product or both folded with the member index; so may
-the reduction (FOLD: index k stands for member k // group and position k % group, which turns a sum over
-members into one long sum).  A *loader* turns an operand into a tile and may transform it on the way:
+An *operand* is a `[lines, BLOCK_K]` tile that advances along the reduction: `lines()` says which lines of which tensor
+(rows of the batch, columns of the product), `operand()` adds the reduction.  Either may run over members as well:
+with FOLD, index i means member i // group and position i % group, so that many small products become one.
+A *loader* turns an operand into values, and may transform them on the way:
 
-    load(operand, k, size, group, TRANSFORM, FOLD, EVEN_K, BLOCK_K) -> [rows, BLOCK_K]
+    load(operand, k, size, group, TRANSFORM, FOLD, WIDE, EVEN_K, BLOCK_K) -> [lines, BLOCK_K]
 
 `load_tile` only loads; `load_gradient` takes a pair of operands and multiplies by an activation's slope.  A new
 transform (a scale, a mix of templates) is a new loader over `load_tile`.  Triton cannot keep functions or strings in
 tuples, so a loader travels as an argument of its own, with its one compile-time choice TRANSFORM beside it.
-What happens to the float32 `acc` afterwards (bias, `activate`, scale, store) is the op's epilogue.
+What happens to the float32 result (bias, `activate`, scale, `store_tile`) is the op's epilogue.
+
+Offsets: members and tiles are reached by 64-bit arithmetic, places within a tile by 32-bit offsets, which halves the
+registers that addresses take.  WIDE makes those 64-bit too, for strides that need it (`Layout`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # The interpreter computes bfloat16 products wrongly, without a word: there every tile is float32 from load to store.
 _UPCAST = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -49,7 +51,7 @@ def program_tile(rows, column_tiles, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def folded_offsets(index, group, stride, group_stride, WIDE: tl.constexpr):
-    """Offsets of indices that run over (member, position): member index // group, position index % group."""
+    """Offsets of indices that run over members: member index // group, position index % group."""
     member = index // group
     position = index % group
     if WIDE:
@@ -61,11 +63,7 @@ def folded_offsets(index, group, stride, group_stride, WIDE: tl.constexpr):
 @triton.jit
 def lines(pointer, tile, size, stride, group, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
           BLOCK: tl.constexpr):
-    """(pointer, offsets, valid) of the lines of one tile along a dimension of `size` lines.
-
-    The pointer moves to the tile by 64-bit arithmetic; offsets within it are 32-bit, which halves the registers that
-    addresses take, unless WIDE.
-    """
+    """(pointer, offsets, valid) of the lines of one tile along a dimension of `size` lines; the pointer has moved."""
     local = tl.arange(0, BLOCK)
     index = tile * BLOCK + local
     if FOLD:
@@ -79,9 +77,9 @@ def lines(pointer, tile, size, stride, group, group_stride, FOLD: tl.constexpr, 
 
 
 @triton.jit
-def operand(pointer, offsets, valid, stride, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
-            BLOCK_K: tl.constexpr):
-    """The given lines as a `[lines, BLOCK_K]` tile; `stride` (and with FOLD `group_stride`) lead along the reduction."""
+def operand(which, stride, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What `lines()` found, with `stride` (and with FOLD `group_stride`) along the reduction."""
+    pointer, offsets, valid = which
     offsets = offsets[:, None]
     if not FOLD:
         along = tl.arange(0, BLOCK_K)
@@ -156,10 +154,12 @@ def row_sums(load_a, a, A: tl.constexpr, size, group, FOLD: tl.constexpr, WIDE: 
 @triton.jit
 def store_tile(pointer, acc, m, rows, row_stride, n, columns, stride, group, group_stride, FOLD: tl.constexpr,
                WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store acc, in the tensor's dtype, as tile (m, n) of [rows, columns]; with FOLD the columns run over members."""
     pointer, down, row_valid = lines(pointer, m, rows, row_stride, 1, 0, False, WIDE, BLOCK_M)
     pointer, along, column_valid = lines(pointer, n, columns, stride, group, group_stride, FOLD, WIDE, BLOCK_N)
-    tl.store(pointer + (down[:, None] + along[None, :]), acc.to(pointer.dtype.element_ty),
-             mask=row_valid[:, None] & column_valid[None, :])
+    offsets = down[:, None] + along[None, :]
+    valid = row_valid[:, None] & column_valid[None, :]
+    tl.store(pointer + offsets, acc.to(pointer.dtype.element_ty), mask=valid)
 
 
 # ------------------------------------------------------------------------------------------------ device: activations
@@ -219,11 +219,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# Largest first.  "tensor" rows count BLOCK_K in 32-bit words: 16-bit types take twice that (and tensor cores ask for
-# K >= 16 there); "fma" is float32 without TF32, computed by ordinary multiply-adds, whose operands live in registers.
+# Largest first.  "tensor": tensor cores, BLOCK_K in 32-bit words (16-bit types take twice that; they need K >= 16).
+# "fma": float32 without TF32, computed by ordinary multiply-adds, whose operands live in registers.
 TILES: dict[str, tuple[Tile, ...]] = {
     "tensor": (
-        Tile(128, 256, 32, 8, 4),  # sm_90 and later
+        Tile(128, 256, 32, 8, 4),
         Tile(128, 128, 32, 8, 4),
         Tile(64, 64, 32, 4, 4),
         Tile(32, 32, 32, 4, 4),
@@ -240,57 +240,75 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 16, 32, 4, 3),
     ),
 }
-_INTERPRETER = 0  # the capability that stands for it
 
 
 class Device(NamedTuple):
     """What the choice of a tile knows of a device."""
 
     fill: int  # programs that keep it busy
-    stages: int  # bytes of shared memory that the stages of one program may take
-    widest: int  # largest BLOCK_N
+    area: int  # largest BLOCK_M * BLOCK_N
+    memory: int  # bytes of shared memory that the stages of one program may take
 
 
-# By compute capability (a later one takes the last row not above it).
+_INTERPRETER = 0  # the compute capability that stands for it: tens of milliseconds a program, so few programs
 DEVICES = {
-    _INTERPRETER: Device(8, 160 << 10, 128),  # tens of milliseconds a program
-    80: Device(108, 160 << 10, 128),
-    90: Device(132, 224 << 10, 256),
-    100: Device(148, 224 << 10, 256),
+    _INTERPRETER: Device(4, 64 * 64, 160 << 10),
+    80: Device(108, 128 * 128, 160 << 10),
+    90: Device(132, 128 * 256, 224 << 10),
+    100: Device(148, 128 * 256, 224 << 10),
 }
 
 
-def _device(capability: int) -> Device:
-    return DEVICES[max((c for c in DEVICES if c <= capability), default=80)]
+class Layout(NamedTuple):
+    """What the strides of all tensors of a launch, together, allow."""
+
+    aligned: bool  # every row starts a multiple of 16 elements into its tensor: 16-byte loads and stores
+    wide: bool  # 32-bit offsets within a tile could overflow
+
+    @staticmethod
+    def of(inputs: int, outputs: int, *strides: tuple[int, ...]) -> Layout:
+        """From the feature sizes (the strides of contiguous results) and (member, row, feature) strides."""
+        far, near = 0, inputs | outputs
+        for member, row, feature in strides:
+            far |= member
+            near |= (row if row != 1 else 0) | (feature if feature != 1 else 0)
+        # A tile spans 256 rows and 128 steps of the reduction at most: (256 + 128) * 2**22 < 2**31.
+        return Layout((far | near) & 15 == 0, near >= 1 << 22)
 
 
 @lru_cache(maxsize=4096)
 def choose_tile(members: int, rows: int, columns: int, dtype: torch.dtype, precision: str, capability: int,
-                a_loads: int = 1) -> Tile:
-    """The tile for `members` products of [rows, columns] each; `a_loads` tensors are read for operand a.
+                layout: Layout, activation: bool) -> Tile:
+    """The tile for `members` products of [rows, columns] each.
 
     The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
     way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.
-    Stages are cut to what shared memory holds.
+    What takes registers makes tiles smaller: an activation (and the second tensor that its derivative loads), rows
+    that are not aligned (one address per element, not per 16 bytes), 64-bit offsets.
     """
     kind = "fma" if dtype == torch.float32 and precision == "ieee" else "tensor"
-    here = _device(capability)
-    tall, wide = max(16, triton.next_power_of_2(rows)), min(here.widest, max(16, triton.next_power_of_2(columns)))
-    fitting = [tile for tile in TILES[kind] if tile.BLOCK_M <= tall and tile.BLOCK_N <= wide]
-    for tile in fitting:
-        if members * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N) >= here.fill:
+    device = DEVICES[max((c for c in DEVICES if c <= capability), default=80)]
+    area = device.area
+    if activation:
+        area = min(area, 128 * 128)
+    if not layout.aligned:
+        area = min(area, 64 * 64)
+    if layout.wide:
+        area = min(area, 32 * 32)
+    tall, wide = (max(16, triton.next_power_of_2(size)) for size in (rows, columns))
+    for tile in TILES[kind]:
+        if tile.BLOCK_M > tall or tile.BLOCK_N > wide or tile.BLOCK_M * tile.BLOCK_N > area:
+            continue
+        if members * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N) >= device.fill:
             break
-    return adapt(tile, dtype, capability, a_loads)
+    else:
+        tile = TILES[kind][-1]
 
-
-def adapt(tile: Tile, dtype: torch.dtype, capability: int, a_loads: int) -> Tile:
-    """`tile` with BLOCK_K in elements of `dtype` and no more stages than shared memory holds."""
-    if dtype.itemsize == 2:
-        tile = tile._replace(BLOCK_K=2 * tile.BLOCK_K)
-    if capability < 90 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128:  # mma.sync takes its operands from registers
-        tile = tile._replace(BLOCK_K=tile.BLOCK_K // 2)
-    stage = (a_loads * tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize
-    return tile._replace(num_stages=max(2, min(tile.num_stages, _device(capability).stages // stage)))
+    block_k = tile.BLOCK_K * (4 // dtype.itemsize)
+    if kind == "tensor" and (not layout.aligned or (capability < 90 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128)):
+        block_k //= 2  # fewer addresses; and below sm_90 operands pass through registers
+    stage = ((2 if activation else 1) * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
+    return tile._replace(BLOCK_K=block_k, num_stages=max(2, min(tile.num_stages, device.memory // stage)))
 
 
 # ------------------------------------------------------------------------------------------------ host: launch
@@ -314,12 +332,13 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def launch(kernel: triton.JITFunction, programs: int, on: Tensor, arguments: tuple, tile: Tile, **switches) -> None:
-    """Run `programs` programs of `kernel` on the device of `on`, whichever device is current."""
+def launch(kernel: triton.JITFunction, programs: int, arguments: tuple, tile: Tile, **switches: object) -> None:
+    """Run `programs` programs of `kernel` on the device of its first argument, whichever device is current."""
     if programs >= 2**31:
         raise ValueError(f"{kernel.fn.__name__}: {programs} tiles are more than one launch can hold (2**31 - 1)")
-    # Named, since Triton 3.10 changes what is the default.
+    # enable_fp_fusion is named because its default changes in Triton 3.10.
     switches.update(tile._asdict(), enable_fp_fusion=True)
+    on = arguments[0]
     if on.is_cuda and on.device.index != torch.cuda.current_device():
         with torch.cuda.device(on.device):
             kernel[(programs,)](*arguments, **switches)

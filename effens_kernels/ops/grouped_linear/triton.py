@@ -1,7 +1,8 @@
 """grouped_linear in Triton: one launch forward, one for dx, one for dW with db.
 
-A shared x [B, I] is never expanded: its forward is one product with E*O columns, its dx one reduction over E*O, and
-its dW one product with E*O rows.  In the kernels FOLD marks the dimension that runs over (member, output) then.
+A shared x [B, I] is never expanded.  Its dx is one sum over members and outputs.  Its y and dW are E products that
+read the same x or, where O is small, one product with E*O columns or rows, so that no tile is mostly empty.  In the
+kernels FOLD marks such an index over (member, output).
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_engine import (
+    Layout,
     activate,
     capability,
     choose_tile,
     contract,
     launch,
+    lines,
     load_gradient,
     load_tile,
-    lines,
     operand,
     precision,
     program_tile,
@@ -27,8 +29,6 @@ from ..triton_engine import (
     store_tile,
 )
 
-
-WIDE = False
 
 @triton.jit(do_not_specialize=["members", "rows"])
 def grouped_linear_fwd_kernel(
@@ -41,29 +41,24 @@ def grouped_linear_fwd_kernel(
     columns = outputs
     if FOLD:
         columns = outputs * members
-    member, m, n = program_tile(rows, tl.cdiv(columns, BLOCK_N), BLOCK_M)
-    if not FOLD:
-        x += member * x_member
-        weight += member * w_member
-        y += member * rows * outputs
+    member, m, n = program_tile(rows, tl.cdiv(columns, BLOCK_N), BLOCK_M)  # with FOLD, member is 0
+    y_member = tl.cast(rows, tl.int64) * outputs
 
-    p, offsets, valid = lines(x, m, rows, x_row, 1, 0, False, WIDE, BLOCK_M)
-    x_rows = operand(p, offsets, valid, x_in, 0, False, WIDE, BLOCK_K)
-    p, offsets, valid = lines(weight, n, columns, w_out, outputs, w_member, FOLD, WIDE, BLOCK_N)
-    w_rows = operand(p, offsets, valid, w_in, 0, False, WIDE, BLOCK_K)
+    x_rows = lines(x + member * x_member, m, rows, x_row, 1, 0, False, WIDE, BLOCK_M)
+    x_rows = operand(x_rows, x_in, 0, False, WIDE, BLOCK_K)
+    w_rows = lines(weight + member * w_member, n, columns, w_out, outputs, w_member, FOLD, WIDE, BLOCK_N)
+    w_rows = operand(w_rows, w_in, 0, False, WIDE, BLOCK_K)
     acc = contract(load_tile, x_rows, None, load_tile, w_rows, None, inputs, 1, False, WIDE,
                    EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
     if bias is not None:
-        if not FOLD:
-            bias += member * b_member
-        p, offsets, valid = lines(bias, n, columns, b_out, outputs, b_member, FOLD, WIDE, BLOCK_N)
+        p, offsets, valid = lines(bias + member * b_member, n, columns, b_out, outputs, b_member, FOLD, WIDE, BLOCK_N)
         acc += tl.load(p + offsets, mask=valid, other=0.0).to(tl.float32)[None, :]
     if z is not None:
-        if not FOLD:
-            z += member * rows * outputs
-        store_tile(z, acc, m, rows, outputs, n, columns, 1, outputs, rows * outputs, FOLD, WIDE, BLOCK_M, BLOCK_N)
-    store_tile(y, activate(acc, ACTIVATION), m, rows, outputs, n, columns, 1, outputs, rows * outputs, FOLD, WIDE, BLOCK_M, BLOCK_N)
+        store_tile(z + member * y_member, acc, m, rows, outputs, n, columns, 1, outputs, y_member, FOLD, WIDE,
+                   BLOCK_M, BLOCK_N)
+    store_tile(y + member * y_member, activate(acc, ACTIVATION), m, rows, outputs, n, columns, 1, outputs, y_member,
+               FOLD, WIDE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["members", "rows"])
@@ -79,14 +74,14 @@ def grouped_linear_dgrad_kernel(
     if FOLD:
         size = outputs * members
 
-    p, offsets, valid = lines(grad + member * g_member, m, rows, g_row, 1, 0, False, WIDE, BLOCK_M)
-    g = operand(p, offsets, valid, g_out, g_member, FOLD, WIDE, BLOCK_K)
+    g = lines(grad + member * g_member, m, rows, g_row, 1, 0, False, WIDE, BLOCK_M)
+    g = operand(g, g_out, g_member, FOLD, WIDE, BLOCK_K)
     s = g
     if ACTIVATION is not None:
-        p, offsets, valid = lines(saved + member * s_member, m, rows, s_row, 1, 0, False, WIDE, BLOCK_M)
-        s = operand(p, offsets, valid, s_out, s_member, FOLD, WIDE, BLOCK_K)
-    p, offsets, valid = lines(weight + member * w_member, n, inputs, w_in, 1, 0, False, WIDE, BLOCK_N)
-    w = operand(p, offsets, valid, w_out, w_member, FOLD, WIDE, BLOCK_K)
+        s = lines(saved + member * s_member, m, rows, s_row, 1, 0, False, WIDE, BLOCK_M)
+        s = operand(s, s_out, s_member, FOLD, WIDE, BLOCK_K)
+    w = lines(weight + member * w_member, n, inputs, w_in, 1, 0, False, WIDE, BLOCK_N)
+    w = operand(w, w_out, w_member, FOLD, WIDE, BLOCK_K)
     acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, w, None, size, outputs, FOLD, WIDE,
                    EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     store_tile(dx + member * dx_member, acc, m, rows, dx_row, n, inputs, dx_in, 1, 0, False, WIDE, BLOCK_M, BLOCK_N)
@@ -111,23 +106,16 @@ def grouped_linear_wgrad_kernel(
     if db is not None:
         all_tiles = column_tiles + 1
     member, m, n = program_tile(height, all_tiles, BLOCK_M)
-    saved_or_grad = grad
-    if ACTIVATION is not None:
-        saved_or_grad = saved
-    if not FOLD:
-        grad += member * g_member
-        if ACTIVATION is not None:
-            saved += member * s_member
 
-    p, offsets, valid = lines(grad, m, height, g_out, outputs, g_member, FOLD, WIDE, BLOCK_M)
-    g = operand(p, offsets, valid, g_row, 0, False, WIDE, BLOCK_K)
+    g = lines(grad + member * g_member, m, height, g_out, outputs, g_member, FOLD, WIDE, BLOCK_M)
+    g = operand(g, g_row, 0, False, WIDE, BLOCK_K)
     s = g
     if ACTIVATION is not None:
-        p, offsets, valid = lines(saved, m, height, s_out, outputs, s_member, FOLD, WIDE, BLOCK_M)
-        s = operand(p, offsets, valid, s_row, 0, False, WIDE, BLOCK_K)
+        s = lines(saved + member * s_member, m, height, s_out, outputs, s_member, FOLD, WIDE, BLOCK_M)
+        s = operand(s, s_row, 0, False, WIDE, BLOCK_K)
     if n < column_tiles:
-        p, offsets, valid = lines(x + member * x_member, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N)
-        x_columns = operand(p, offsets, valid, x_row, 0, False, WIDE, BLOCK_K)
+        x_columns = lines(x + member * x_member, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N)
+        x_columns = operand(x_columns, x_row, 0, False, WIDE, BLOCK_K)
         acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, x_columns, None, rows, 1, False, WIDE,
                        EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
         store_tile(dw + member * outputs * inputs, acc, m, height, inputs, n, inputs, 1, 1, 0, False, WIDE,
@@ -142,21 +130,22 @@ def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
         save_preactivation: bool) -> tuple[Tensor, Tensor]:
     """(y, z): act(z) contiguous [E, B, O], and z likewise, or empty where it need not be saved."""
     members, outputs, inputs = weight.shape
-    rows, fold = x.shape[-2], x.dim() == 2
+    rows = x.shape[-2]
     y = x.new_empty((members, rows, outputs))
     z = x.new_empty(y.shape if save_preactivation else 0)
     if y.numel() == 0:
         return y, z
+    x_strides, w_strides, b_strides = _strides(x), weight.stride(), (0, 0) if bias is None else bias.stride()
+    fold = x.dim() == 2 and _folds(members, outputs, w_strides, b_strides, y.stride())
     products, columns = (1, members * outputs) if fold else (members, outputs)
-    how = precision(x.dtype)
-    tile = choose_tile(products, rows, columns, x.dtype, how, capability(x.device))
+    layout, how = Layout.of(inputs, outputs, x_strides, w_strides), precision(x.dtype)
+    tile = choose_tile(products, rows, columns, x.dtype, how, capability(x.device), layout, activation is not None)
     launch(
         grouped_linear_fwd_kernel,
         products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),
-        x,
         (x, weight, bias, y, z if save_preactivation else None, members, rows, outputs, inputs,
-         *_strides(x), *weight.stride(), *((0, 0) if bias is None else bias.stride())),
-        tile, FOLD=fold, WIDE=WIDE, ACTIVATION=activation, EVEN_K=inputs % tile.BLOCK_K == 0, PRECISION=how,
+         *x_strides, *w_strides, *b_strides),
+        tile, FOLD=fold, WIDE=layout.wide, ACTIVATION=activation, EVEN_K=inputs % tile.BLOCK_K == 0, PRECISION=how,
     )
     return y, z
 
@@ -178,39 +167,50 @@ def bwd(grad: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str 
 def _dgrad(grad: Tensor, saved: Tensor | None, activation: str | None, weight: Tensor, dx: Tensor) -> None:
     members, outputs, inputs = weight.shape
     rows, fold = dx.shape[-2], dx.dim() == 2
+    g_strides, s_strides, w_strides, dx_strides = grad.stride(), _strides(saved), weight.stride(), _strides(dx)
     products, size = (1, members * outputs) if fold else (members, outputs)
-    how = precision(dx.dtype)
-    tile = choose_tile(products, rows, inputs, dx.dtype, how, capability(dx.device), 1 if saved is None else 2)
+    layout, how = Layout.of(inputs, outputs, g_strides, s_strides, w_strides, dx_strides), precision(dx.dtype)
+    if fold and not _narrow(members, outputs, g_strides, s_strides, w_strides):
+        layout = layout._replace(wide=True)
+    tile = choose_tile(products, rows, inputs, dx.dtype, how, capability(dx.device), layout, saved is not None)
     launch(
         grouped_linear_dgrad_kernel,
         products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(inputs, tile.BLOCK_N),
-        dx,
-        (grad, saved, weight, dx, members, rows, outputs, inputs,
-         *grad.stride(), *_strides(saved), *weight.stride(), *_strides(dx)),
-        tile, FOLD=fold, WIDE=WIDE, ACTIVATION=activation, EVEN_K=size % tile.BLOCK_K == 0, PRECISION=how,
+        (grad, saved, weight, dx, members, rows, outputs, inputs, *g_strides, *s_strides, *w_strides, *dx_strides),
+        tile, FOLD=fold, WIDE=layout.wide, ACTIVATION=activation, EVEN_K=size % tile.BLOCK_K == 0, PRECISION=how,
     )
 
 
 def _wgrad(grad: Tensor, saved: Tensor | None, activation: str | None, x: Tensor, dw: Tensor | None,
            db: Tensor | None) -> None:
     members, rows, outputs = grad.shape
-    inputs, fold = x.shape[-1], x.dim() == 2
+    inputs = x.shape[-1]
+    g_strides, s_strides, x_strides = grad.stride(), _strides(saved), _strides(x)
+    fold = x.dim() == 2 and _folds(members, outputs, g_strides, s_strides)
     products, height = (1, members * outputs) if fold else (members, outputs)
-    how = precision(x.dtype)
-    tile = choose_tile(products, height, inputs, x.dtype, how, capability(x.device), 1 if saved is None else 2)
+    layout, how = Layout.of(inputs, outputs, g_strides, s_strides, x_strides), precision(x.dtype)
+    tile = choose_tile(products, height, inputs, x.dtype, how, capability(x.device), layout, saved is not None)
     column_tiles = (0 if dw is None else triton.cdiv(inputs, tile.BLOCK_N)) + (db is not None)
     launch(
         grouped_linear_wgrad_kernel,
         products * triton.cdiv(height, tile.BLOCK_M) * column_tiles,
-        x,
-        (grad, saved, x, dw, db, members, rows, outputs, inputs,
-         *grad.stride(), *_strides(saved), *_strides(x)),
-        tile, FOLD=fold, WIDE=WIDE, ACTIVATION=activation, EVEN_K=rows % tile.BLOCK_K == 0, PRECISION=how,
+        (grad, saved, x, dw, db, members, rows, outputs, inputs, *g_strides, *s_strides, *x_strides),
+        tile, FOLD=fold, WIDE=layout.wide, ACTIVATION=activation, EVEN_K=rows % tile.BLOCK_K == 0, PRECISION=how,
     )
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """(member, row, feature) strides; the member stride of a shared [B, I] tensor is 0."""
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """(member, row, feature) strides; a shared [B, I] tensor is the same for every member."""
     if tensor is None:
         return 0, 0, 0
     return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
+
+
+def _folds(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
+    """Whether a shared x is worth one product over all members: where tiles of one member alone would waste much."""
+    return outputs < 512 and outputs % 64 != 0 and _narrow(members, outputs, *strides)
+
+
+def _narrow(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
+    """Whether all offsets over (member, output) fit 32 bits, with room for a tile's own."""
+    return all(members * s[0] + outputs * max(s[1:]) < 1 << 30 for s in strides)

@@ -1,0 +1,80 @@
+"""Fresh random data for every run, and everything that can run an op on this machine."""
+
+from __future__ import annotations
+
+import os
+import random
+import zlib
+
+import pytest
+import torch
+
+# Before any Triton kernel is decorated: without a GPU, Triton's interpreter runs the kernels on the CPU.
+# (Tests that need the real compiler start a process of their own.)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from common import RUNNERS, Runner, isas
+from effens_kernels import _native
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="repeat a run that printed this seed (default: a new one each run)")
+
+
+def pytest_configure(config):
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+def pytest_report_header(config):
+    return f"random data: repeat with --seed {config.option.seed}"
+
+
+@pytest.fixture
+def session_seed(request) -> int:
+    """Changes from run to run; for data that several tests share."""
+    return request.config.option.seed
+
+
+@pytest.fixture(autouse=True)
+def seed(request, session_seed) -> int:
+    """A seed of this test alone, which also seeds torch.randn; a failure shows how to repeat it."""
+    value = zlib.crc32(f"{session_seed} {request.node.nodeid}".encode())
+    torch.manual_seed(value)
+    print(f"random data: repeat with --seed {session_seed}")
+    return value
+
+
+@pytest.fixture(params=RUNNERS, ids=str)
+def runner(request):
+    """Each kernel backend that can run here, the CPU engine with each of its instruction sets."""
+    yield from run_with(request.param)
+
+
+@pytest.fixture(params=isas())
+def isa(request):
+    """Each instruction set that the CPU engine can run here."""
+    yield from (running.isa for running in run_with(Runner("cpu", request.param)))
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads of torch and the CPU engine, and restores it."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def run_with(runner: Runner):
+    reason = runner.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    if runner.isa is None:
+        yield runner
+        return
+    assert _native.available, _native.why_not()
+    before = _native.ops.cpu_isa()
+    _native.ops.cpu_set_isa(runner.isa)
+    yield runner
+    _native.ops.cpu_set_isa(before)
