@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -69,6 +70,16 @@ RUNNERS = _runners()
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def runs(*dtypes: torch.dtype) -> list:
+    """(dtype, runner) for each that can; of Triton's interpreter, which is slow, the first dtype alone."""
+    return [
+        pytest.param(dtype, runner, id=f"{name_of(dtype)}-{runner}")
+        for dtype in dtypes
+        for runner in RUNNERS
+        if dtype in runner.dtypes("grouped_linear") and (dtype == dtypes[0] or not runner.interpreted)
+    ]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

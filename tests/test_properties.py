@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import NAMES, derivatives, leaves, name_of
+from common import NAMES, derivatives, leaves, name_of, runs
 from torch import Tensor
 
 from effens_kernels import grouped_linear
 from effens_kernels.ops._activations import ACTIVATIONS
 from effens_kernels.ops.grouped_linear import reference
+from effens_kernels.testing import DTYPES as ALL_DTYPES
 from effens_kernels.testing import LinearCase, assert_accurate
 
 SMALL = [
@@ -22,7 +23,8 @@ LARGE = [
     LinearCase(3, 260, 420, 150, shared=True, activation="relu"),
     LinearCase(1, 1300, 65, 130),
 ]
-by_name = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+DTYPES = (torch.float32, torch.bfloat16)
+everywhere = pytest.mark.parametrize(("dtype", "runner"), runs(*DTYPES), indirect=["runner"])
 
 
 def random_grad(case: LinearCase, like: Tensor) -> Tensor:
@@ -52,14 +54,14 @@ GRAD_LAYOUTS = {
 
 @pytest.mark.parametrize("layout", GRAD_LAYOUTS)
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@by_name
+@everywhere
 def test_gradient_layouts(case, layout, dtype, runner, seed):
     inputs = case.inputs_for(dtype, runner.device, seed)
     check(inputs, GRAD_LAYOUTS[layout](random_grad(case, inputs[0])), runner.backend, case)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
-@by_name
+@everywhere
 def test_expanded_inputs(case, dtype, runner, seed):
     """Rows, weights and biases that are one tensor for all members, rows or features, by stride 0."""
     x, weight, bias = case.inputs_for(dtype, runner.device, seed)
@@ -85,17 +87,14 @@ def test_flipped_sign_views(runner, seed):
     """The imaginary part of a conjugate is a real tensor whose memory holds the opposite sign."""
     case = LinearCase(2, 5, 8, 7)
     x, weight, bias = case.inputs_for(torch.float32, runner.device, seed)
-    x, weight = (torch.complex(t, t).conj().imag for t in (x, weight))
+    x, grad = (torch.complex(t, t).conj().imag for t in (x, random_grad(case, x)))
     assert x.is_neg()
-    check((x, weight, bias), random_grad(case, x), runner.backend, case)
+    check((x, weight, bias), grad, runner.backend, case)
 
 
 def test_offsets_beyond_32_bits(runner, seed):
     """Members 2^31 elements apart: memory that is never touched costs none."""
-    if runner.interpreted or runner.device != "cpu":
-        far, dtype = 2**31 + 8, torch.bfloat16
-    else:
-        far, dtype = 2**31 + 8, torch.bfloat16
+    far, dtype = 2**31 + 8, torch.bfloat16
     case = LinearCase(2, 5, 7, 6, activation="silu")
     x, weight, bias = case.inputs_for(dtype, runner.device, seed)
     spread = [torch.empty(far + t.stride(0), dtype=dtype, device=t.device) for t in (x, weight)]
@@ -107,7 +106,7 @@ def test_offsets_beyond_32_bits(runner, seed):
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-@by_name
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_same_bits_for_any_number_of_threads(case, dtype, isa, threads, seed):
     inputs = case.inputs_for(dtype, seed=seed)
     grad = random_grad(case, inputs[0])
@@ -148,43 +147,44 @@ def test_rows_do_not_depend_on_the_batch_they_come_in(isa, seed):
 @pytest.mark.parametrize("place", ["x", "weight", "bias", "grad"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@by_name
+@everywhere
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in the interpreter
 def test_nan_and_infinity_go_where_they_go_in_torch(activation, value, place, dtype, runner, seed):
-    """One such element in one place (odd sizes: padding must not spread it): the same positions, in all results."""
-    if runner.interpreted and (dtype != torch.float32 or place == "weight"):
-        return  # too slow for all combinations; the device code is the same for each
+    """One such element in one place (odd sizes: padding must not spread it): the same positions, in all results.
+
+    Those of torch in float64: its vectorized float32 gelu makes a NaN of infinity, its scalar one does not.
+    """
     case = LinearCase(2, 5, 7, 9, activation=activation)
     inputs = case.inputs_for(dtype, runner.device, seed)
     tensors = dict(zip(NAMES, inputs), grad=random_grad(case, inputs[0]))
     tensors[place][..., 1, 3] = value  # in bias: of member 1
     grad = tensors["grad"]
-    expected = derivatives(reference.grouped_linear, inputs, grad, activation=activation)
+    exact = [t.double() for t in inputs]
+    expected = derivatives(reference.grouped_linear, exact, grad.double(), activation=activation)
     actual = derivatives(grouped_linear, inputs, grad, activation=activation, backend=runner.backend)
-    assert any(not t.isfinite().all() for t in expected.values()) or activation == "relu" or place != "grad"
     for name in expected:
         for test in (torch.isnan, torch.isposinf, torch.isneginf):
-            assert torch.equal(test(actual[name]), test(expected[name])), (name, test)
+            assert torch.equal(test(actual[name]), test(expected[name])), f"{test.__name__} of {name}"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=name_of)
-def test_saturation(activation, dtype, runner):
-    """Activations and slopes at large, tiny and zero pre-activations, through an identity product."""
-    if dtype not in runner.dtypes("grouped_linear") or (runner.interpreted and dtype != torch.float32):
-        return
-    tiny = torch.finfo(dtype).smallest_normal
-    values = [0.0, -0.0, tiny, -tiny, 1e-3, -1e-3, 0.7, -0.7, 1.0, -1.0, 3.5, -3.5, 6.0, -6.0, 12.0, -12.0, 90.0, -90.0]
-    values += [105.0, -105.0, 700.0, -700.0, 3e4, -3e4]
-    x = torch.tensor(values, dtype=dtype, device=runner.device)[:, None]
-    weight = torch.ones(1, 1, 1, dtype=dtype, device=runner.device)
-    grad = torch.ones(1, len(values), 1, dtype=dtype, device=runner.device)
-    exact = derivatives(reference.grouped_linear, (x.double(), weight.double(), None), grad.double(),
-                        activation=activation)
-    composition = derivatives(reference.grouped_linear, (x, weight, None), grad, activation=activation)
-    actual = derivatives(grouped_linear, (x, weight, None), grad, activation=activation, backend=runner.backend)
-    for n, value in enumerate(values):  # one by one: each at its own scale
-        assert_accurate(actual["y"][0, n], exact["y"][0, n], composition["y"][0, n], f"act({value})", 16)
-        assert_accurate(actual["x"][n], exact["x"][n], composition["x"][n], f"slope at {value}", 16)
+@pytest.mark.parametrize(("dtype", "runner"), runs(*ALL_DTYPES), indirect=["runner"])
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+def test_activations_from_tiny_to_huge(activation, dtype, runner):
+    """Each z by itself, through a product with 1: y to a few units of z, slopes to a few units of 1."""
+    eps, tiny = torch.finfo(dtype).eps, 8 * torch.finfo(dtype).smallest_normal
+    positive = [0.0, tiny, 1e-3, 0.1, 0.6, 0.65, 0.99, 1.01, 2.0, 3.5, 4.1, 6.0, 12.0, 88.0, 90.0, 105.0, 700.0, 3e4]
+    chosen = torch.tensor([sign * value for value in positive for sign in (1, -1)], dtype=torch.float64)
+    z = torch.cat((chosen, 3 * torch.randn(100, dtype=torch.float64))).to(runner.device, dtype)
+    x, one, grad = z[:, None], torch.ones_like(z[:1])[None, None], torch.ones_like(z)[None, :, None]
+    exact = derivatives(reference.grouped_linear, (x.double(), one.double(), None), grad.double(), activation=activation)
+    theirs = derivatives(reference.grouped_linear, (x, one, None), grad, activation=activation)
+    ours = derivatives(grouped_linear, (x, one, None), grad, activation=activation, backend=runner.backend)
+    for name, unit in (("y", z.double().abs()), ("x", torch.ones_like(z, dtype=torch.float64))):
+        error, their_error = ((t[name].double() - exact[name]).abs().flatten() for t in (ours, theirs))
+        allowed = 2 * their_error + 4 * eps * unit
+        wrong = ~(error <= allowed)
+        assert not wrong.any(), f"{name} at z = {z[wrong].tolist()}: errors {error[wrong].tolist()}"
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -202,12 +202,3 @@ def test_results_are_new_memory_and_inputs_stay(activation, runner, seed):
     storages = [t.untyped_storage().data_ptr() for t in (*inputs, grad, y, *gradients)]
     assert len(set(storages)) == len(storages)
     assert all(torch.equal(t, b) for t, b in zip((*inputs, grad), (*before, grad_before)))
-
-
-def test_nothing_is_written_outside_the_results(isa, seed):
-    """Results in the middle of poisoned memory: the C++ engine's writes stay inside them (its own test has more)."""
-    case = LinearCase(3, 13, 17, 19)
-    x, weight, bias = case.inputs_for(torch.float32, seed=seed)
-    y = grouped_linear(x, weight, bias, backend="cpu")
-    assert y.untyped_storage().nbytes() == y.numel() * 4
-    assert y.is_contiguous()

@@ -9,7 +9,7 @@ struct AmxTiles {
   using U = uint32_t;
   static constexpr int rows = 2 * tile_rows, columns = 2 * tile_words;
   static constexpr bool whole_tiles = true;  // writes whole tiles: C always has room for 32 rows
-  static constexpr int64_t unit_multiple = tile_words;
+  static constexpr int64_t unit_multiple = tile_words, k_block = 128;
 
   // Tile registers are configured here and given back as found: other libraries on this thread use them too.
   struct Session {
@@ -50,6 +50,11 @@ struct AmxTiles {
       if (lower && right) _tile_zero(3);
     }
     for (int64_t u = 0; u < k; u += tile_words) {
+      for (int i = 0; i < tile_words; ++i) {  // panels stream from L2
+        const U* next = b + (u + tile_words + i) * ldb;
+        __builtin_prefetch(next);
+        if (right) __builtin_prefetch(next + tile_words);
+      }
       _tile_loadd(6, b + u * ldb, b_bytes);
       _tile_loadd(4, a + u, a_bytes);
       _tile_dpbf16ps(0, 4, 6);

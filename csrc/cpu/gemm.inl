@@ -13,7 +13,7 @@ template <class Tiles, class U, class T>
 struct Product {
   using C = Compute<T>;
   static constexpr int64_t w = lanes<C>, strip_rows = Tiles::rows, panel_columns = Tiles::columns;
-  static constexpr int64_t k_block = 384;                          // units; a strip of it stays in L1
+  static constexpr int64_t k_block = Tiles::k_block;               // units; a strip of it stays in L1
   static constexpr int64_t packed_bytes = 1 << 20;                 // of B, to stay in L2
   static constexpr int64_t region_bytes = 1 << 20;                 // of partial sums
   static constexpr int64_t strips_bytes = 1 << 19;                 // of A, where all strips are packed at once

@@ -83,7 +83,7 @@ template <class U>
 struct RegisterTiles {
   static constexpr int rows = max_rows, columns = max_vectors * lanes<U>;
   static constexpr bool whole_tiles = false;
-  static constexpr int64_t unit_multiple = 1;
+  static constexpr int64_t unit_multiple = 1, k_block = 384;
 
   struct Session {};  // nothing to set up
 

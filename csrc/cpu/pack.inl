@@ -77,13 +77,40 @@ static void transform(const T* src, int64_t src_outer, int64_t src_inner, const 
   }
 }
 
-template <Activation slope, class D, class T, class... Rest>
+// relu on 16-bit floats needs no arithmetic: keep the bits of src where saved is above 0 or not a number.
+template <class T>
+static void mask_bits(const T* src, int64_t src_outer, const T* saved, int64_t saved_outer, int64_t outer,
+                      int64_t inner, T* dst, int64_t ld) {
+  typedef uint16_t bits_t __attribute__((vector_size(EFFENS_VECTOR_BYTES)));
+  constexpr int64_t w = EFFENS_VECTOR_BYTES / 2;
+  const uint16_t infinity = T::infinity;
+  for (int64_t i = 0; i < outer; ++i) {
+    const T *from = src + i * src_outer, *at = saved + i * saved_outer;
+    T* to = dst + i * ld;
+    int64_t j = 0;
+    for (; j + w <= inner; j += w) {
+      bits_t v, s;
+      __builtin_memcpy(&v, from + j, sizeof(v));
+      __builtin_memcpy(&s, at + j, sizeof(s));
+      v &= ~bits_t((s == 0) | (s - 0x8000 <= infinity));
+      __builtin_memcpy(to + j, &v, sizeof(v));
+    }
+    for (; j < inner; ++j) {
+      const uint16_t s = at[j].bits;
+      to[j].bits = s == 0 || uint16_t(s - 0x8000) <= infinity ? 0 : from[j].bits;
+    }
+  }
+}
+
+template <Activation slope, class D, class T>
 static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
-                      int64_t saved_inner, Rest... rest) {
-  if (src_inner == 1 && (slope == Activation::none || saved_inner == 1))
-    transform<slope, true, D, T>(src, src_outer, 1, saved, saved_outer, 1, rest...);
-  else
-    transform<slope, false, D, T>(src, src_outer, src_inner, saved, saved_outer, saved_inner, rest...);
+                      int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, Compute<T>* sums,
+                      bool sum_inner) {
+  const bool straight = src_inner == 1 && (slope == Activation::none || saved_inner == 1);
+  if constexpr (slope == Activation::relu && sizeof(T) == 2 && sizeof(D) == 2)
+    if (straight && !sums) return mask_bits(src, src_outer, saved, saved_outer, outer, inner, dst, ld);
+  const auto run = straight ? transform<slope, true, D, T> : transform<slope, false, D, T>;
+  run(src, src_outer, src_inner, saved, saved_outer, saved_inner, outer, inner, dst, ld, sums, sum_inner);
 }
 
 template <class D, class T, class... Rest>

@@ -5,9 +5,11 @@
 
 struct bf16 {
   uint16_t bits;
+  static constexpr uint16_t infinity = 0x7f80;
 };
 struct f16 {
   uint16_t bits;
+  static constexpr uint16_t infinity = 0x7c00;
 };
 
 template <class T>
