@@ -54,25 +54,24 @@ def test_opcheck_backward(case, need, seed):
     torch.library.opcheck(torch.ops.effens_kernels.grouped_linear_bwd, arguments)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("op", "case"),
     [pytest.param(op, case, id=f"{name}-{case}") for name, op in OPS.items() for case in op.cases],
 )
-def test_fake_results_are_laid_out_as_real_ones(op, case, backend, seed):
+def test_fake_results_are_laid_out_as_real_ones(op, case, seed):
     """Shapes, strides, dtypes and devices of the result and all gradients, for every sample call."""
 
-    def forward_and_backward(inputs, backend):
+    def forward_and_backward(inputs):
         inputs = leaves(inputs)
-        y = op.call(*inputs, **case.options(), backend=backend)
+        y = op.call(*inputs, **case.options(), backend="cpu")
         grads = torch.autograd.grad(y, [t for t in inputs if t is not None], torch.ones_like(y))
         return [(t.shape, t.stride(), t.dtype, t.device.type) for t in (y, *grads)]
 
     inputs = case.inputs_for(seed=seed)
-    real = forward_and_backward(inputs, backend)
+    real = forward_and_backward(inputs)
     with FakeTensorMode() as mode:
         fakes = [None if t is None else mode.from_tensor(t) for t in inputs]
-        assert forward_and_backward(fakes, backend) == real
+        assert forward_and_backward(fakes) == real
 
 
 def test_meta_tensors(seed):
@@ -93,7 +92,7 @@ def test_meta_tensors(seed):
 @pytest.mark.parametrize("shared", [False, True], ids=["per_member", "shared"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_compiled_equals_eager(activation, shared, backend, seed):
-    """One graph, and the same bits: the same kernels run."""
+    """One graph, and with our kernels the same bits."""
 
     def call(x, weight, bias):
         return grouped_linear(x, weight, bias, activation=activation, backend=backend) * 2
@@ -102,8 +101,9 @@ def test_compiled_equals_eager(activation, shared, backend, seed):
     grad = torch.randn(3, 20, 10)
     compiled = torch.compile(call, fullgraph=True, backend=AOT)
     expected, actual = (derivatives(f, inputs, grad) for f in (call, compiled))
+    tolerance = 1e-5 if backend == "reference" else 0  # aot_eager decomposes einsum
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-6 if backend == "reference" else 0)
+        torch.testing.assert_close(actual[name], expected[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("how", ["mark_dynamic", "dynamic=True"])

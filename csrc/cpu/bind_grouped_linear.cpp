@@ -58,8 +58,29 @@ std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& wei
     b = bias->stride(1) == 1 || s.outputs <= 1 ? *bias : torch::stable::contiguous(*bias);
     p.bias = b.const_data_ptr(), p.bias_batch = b.stride(0);
   }
-  run<1>({&p});
+  run<1>({p});
   return {y, z};
+}
+
+// dgrad and wgrad of each member in turn.  Where a member's g fits the cache it is computed once for both, into scratch.
+void run_both(Gemm dgrad, Gemm wgrad, const Sizes& s) {
+  constexpr int64_t fits = 1 << 20;
+  const int64_t element = dgrad.dtype == DType::f64 ? 8 : dgrad.dtype == DType::f32 ? 4 : 2;
+  // Rows an odd number of cache lines apart do not crowd few sets of the L1 cache.
+  const int64_t line = 64 / element, ld = ((s.outputs + line - 1) / line | 1) * line;
+  const bool once = dgrad.slope != Activation::none && s.inputs > 0 && s.members >= int64_t(torch::stable::get_num_threads()) &&
+                    s.batch * ld * element <= fits;
+  if (!once) return run<2>({dgrad, wgrad});
+  const Gemm operand = wgrad;
+  wgrad.row_sums = nullptr;
+  dgrad.slope = wgrad.slope = Activation::none;
+  dgrad.a = {nullptr, 0, 0, ld, 1};
+  wgrad.a = {nullptr, 0, 0, 1, ld};
+  run<2>({dgrad, wgrad}, [&](int64_t g, std::array<Gemm, 2>& mine) {
+    void* to = scratch(slot_shared_operand, size_t(s.batch * ld * element));
+    engine().transform(operand, g, to, ld);
+    mine[0].a.data = mine[1].a.data = to;
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -99,10 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
 
   const bool wgrad_needed = need_weight || need_bias;
   if (need_x && wgrad_needed && !s.shared) {
-    run<2>({&dgrad, &wgrad});
+    run_both(dgrad, wgrad, s);
   } else {
-    if (need_x) run<1>({&dgrad});
-    if (wgrad_needed) run<1>({&wgrad});
+    if (need_x) run<1>({dgrad});
+    if (wgrad_needed) run<1>({wgrad});
   }
   return {grad_x, grad_weight, grad_bias};
 }

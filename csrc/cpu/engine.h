@@ -55,6 +55,9 @@ struct Engine {
   bool (*supported)();
   Plan (*plan)(const Gemm&, int threads);
   void (*run)(const Gemm&, const Plan&, int64_t first_task, int64_t last_task);
+  // A' of output g written out as [k, ld] with the m values of each k contiguous, and its row sums.  For two products
+  // that read the same transformed operand while it is in cache.
+  void (*transform)(const Gemm&, int64_t g, void* to, int64_t ld);
 };
 
 extern const Engine engine_baseline;
@@ -70,7 +73,7 @@ bool set_engine(const char* name);
 const Engine* const* engines();
 
 // Per-thread memory that grows and is kept; `slot` < scratch_slots.
-constexpr int scratch_slots = 5;
+constexpr int scratch_slots = 6, slot_shared_operand = 5;  // the engine itself uses 0 to 4
 void* scratch(int slot, size_t bytes);
 
 }  // namespace effens::cpu

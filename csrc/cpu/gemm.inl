@@ -44,6 +44,19 @@ struct Product {
     return plan;
   }
 
+  static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
+    const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch;
+    const T* saved = static_cast<const T*>(p.saved.data) + g * p.saved.batch;
+    C* sums = nullptr;
+    if (p.row_sums) {
+      sums = static_cast<C*>(scratch(slot_tile, size_t(p.m + w) * sizeof(C)));
+      __builtin_memset(sums, 0, size_t(p.m) * sizeof(C));
+    }
+    transform<T, T>(p.slope, src, p.a.col, p.a.row, saved, p.saved.col, p.saved.row, p.k, p.m, static_cast<T*>(to), ld,
+                    sums, false);
+    if (p.row_sums) write_sums(p, g, 0, p.m, sums);
+  }
+
   static void run(const Gemm& p, const Plan& plan, int64_t first, int64_t last) {
     if (first >= last) return;
     [[maybe_unused]] typename Tiles::Session session;
@@ -87,6 +100,11 @@ struct Product {
     sums = tile + strip_rows * panel_columns;
   }
 
+  static void write_sums(const Gemm& p, int64_t g, int64_t from, int64_t count, const C* sums) {
+    T* to = static_cast<T*>(p.row_sums) + g * p.row_sums_batch + from;
+    by_vectors<C>(count, [&](int64_t i, auto some) { store(to + i, load(sums + i), some); });
+  }
+
   int64_t steps() const { return reduces * k_blocks; }
   int64_t block_units(int64_t block) const { return min(k_step, units - block * k_step); }
   int64_t block_elements(int64_t block) const {
@@ -120,10 +138,7 @@ struct Product {
         });
       }
     }
-    if (want_sums) {
-      T* to = static_cast<T*>(p.row_sums) + g * p.row_sums_batch + m0;
-      by_vectors<C>(m1 - m0, [&](int64_t i, auto some) { store(to + i, load(sums + i), some); });
-    }
+    if (want_sums) write_sums(p, g, m0, m1 - m0, sums);
   }
 
   // Strips of nearly equal height; whole tiles first where the microkernel writes only those.
@@ -169,8 +184,8 @@ struct Product {
 
   void prepare_b(int64_t r, int64_t block) {
     const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
-    // In place: whole vectors, no conversion, and all of it in L1 or too few strips for packing to pay.
-    const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 24 << 10;
+    // In place: whole vectors, no conversion, and little enough to stay in cache or too few strips for packing to pay.
+    const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 96 << 10;
     const bool in_place = same_type && per_unit<U> == 1 && p.b.col == 1 && (n1 - n0) % w == 0;
     if (in_place && (little || m1 - m0 <= 3 * strip_rows)) {
       b_data = reinterpret_cast<const U*>(src), b_ld = p.b.row;
@@ -218,7 +233,7 @@ struct Product {
   bool lies_well() const {
     if (p.slope != Activation::none) return false;
     return p.a.col == 1 ? ways(strip_rows, p.a.row) <= 7
-                        : cut.col_block <= panel_columns || ways(k_step, p.a.col) <= 4;
+                        : cut.col_block <= panel_columns || ways(k_step, p.a.col) <= 16;
   }
 
   // How many cache lines, `stride` elements apart, share an L1 set of 64.

@@ -30,6 +30,10 @@ static Plan plan(const Gemm& p, int threads) {
 static void run(const Gemm& p, const Plan& plan, int64_t first, int64_t last) {
   return p.dtype == DType::bf16 ? BFloat16::run(p, plan, first, last) : engine_avx512.run(p, plan, first, last);
 }
+
+static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
+  return p.dtype == DType::bf16 ? BFloat16::transform_operand(p, g, to, ld) : engine_avx512.transform(p, g, to, ld);
+}
 #else
 template <class T>
 using Storage = Product<RegisterTiles<Compute<T>>, Compute<T>, T>;
@@ -57,6 +61,19 @@ static void run(const Gemm& p, const Plan& plan, int64_t first, int64_t last) {
       return Storage<f16>::run(p, plan, first, last);
     default:
       return Storage<float>::run(p, plan, first, last);
+  }
+}
+
+static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
+  switch (p.dtype) {
+    case DType::f64:
+      return Storage<double>::transform_operand(p, g, to, ld);
+    case DType::bf16:
+      return Storage<bf16>::transform_operand(p, g, to, ld);
+    case DType::f16:
+      return Storage<f16>::transform_operand(p, g, to, ld);
+    default:
+      return Storage<float>::transform_operand(p, g, to, ld);
   }
 }
 #endif

@@ -26,7 +26,7 @@ bool supported() {
          __builtin_cpu_supports("f16c");
 }
 }  // namespace
-const Engine engine_avx2 = {"avx2", supported, avx2::plan, avx2::run};
+const Engine engine_avx2 = {"avx2", supported, avx2::plan, avx2::run, avx2::transform_operand};
 }  // namespace effens::cpu
 
 #if defined(__clang__)

@@ -27,7 +27,7 @@ bool supported() {
          __builtin_cpu_supports("avx512dq");
 }
 }  // namespace
-const Engine engine_avx512 = {"avx512", supported, avx512::plan, avx512::run};
+const Engine engine_avx512 = {"avx512", supported, avx512::plan, avx512::run, avx512::transform_operand};
 }  // namespace effens::cpu
 
 #if defined(__clang__)

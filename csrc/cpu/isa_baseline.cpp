@@ -15,5 +15,5 @@
 #include "isa.inl"
 
 namespace effens::cpu {
-const Engine engine_baseline = {"baseline", [] { return true; }, baseline::plan, baseline::run};
+const Engine engine_baseline = {"baseline", [] { return true; }, baseline::plan, baseline::run, baseline::transform_operand};
 }  // namespace effens::cpu

@@ -43,37 +43,45 @@ struct Matrices {
 constexpr int64_t worth_a_thread = 1 << 20;
 
 // Runs products that do not depend on each other; those with as many outputs take turns per output, so that one thread
-// meets a member's operands while they are in its cache.
-template <size_t count>
-void run(const std::array<const Gemm*, count>& products) {
+// meets a member's operands while they are in its cache.  `before(g, mine)` runs on a
+// thread before its first task of output g and may point that thread's copies of the products to its own scratch.
+template <size_t count, class Before>
+void run(const std::array<Gemm, count>& products, Before before) {
   const Engine& isa = engine();
   const int threads = int(torch::stable::get_num_threads());
   std::array<Plan, count> plans;
   int64_t per_output = 0, work = 0;
   for (size_t i = 0; i < count; ++i) {
-    plans[i] = isa.plan(*products[i], threads);
+    plans[i] = isa.plan(products[i], threads);
     per_output += plans[i].tasks();
-    work += products[i]->batches * std::max<int64_t>(1, products[i]->reduces) * products[i]->m * products[i]->n *
-            std::max<int64_t>(1, products[i]->k);
+    work += products[i].batches * std::max<int64_t>(1, products[i].reduces) * products[i].m * products[i].n *
+            std::max<int64_t>(1, products[i].k);
   }
-  const int64_t outputs = products[0]->batches, tasks = outputs * per_output;
+  const int64_t outputs = products[0].batches, tasks = outputs * per_output;
   if (tasks == 0) return;
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work / tasks));
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t first, int64_t last) {
     if constexpr (count == 1) {
-      isa.run(*products[0], plans[0], first, last);
+      isa.run(products[0], plans[0], first, last);
     } else {
+      std::array<Gemm, count> mine = products;
       for (int64_t g = first / per_output; g * per_output < last; ++g) {
+        before(g, mine);
         int64_t start = g * per_output;
         for (size_t i = 0; i < count; ++i) {
           const int64_t here = plans[i].tasks(), offset = g * here;
           const int64_t from = std::max<int64_t>(0, first - start), to = std::min(here, last - start);
-          if (from < to) isa.run(*products[i], plans[i], offset + from, offset + to);
+          if (from < to) isa.run(mine[i], plans[i], offset + from, offset + to);
           start += here;
         }
       }
     }
   });
+}
+
+template <size_t count>
+void run(const std::array<Gemm, count>& products) {
+  run(products, [](int64_t, std::array<Gemm, count>&) {});
 }
 
 }  // namespace effens::cpu

@@ -18,8 +18,8 @@ def _into_rows(t: Tensor) -> Tensor:
     return t.movedim(0, -3).flatten(-3, -2)
 
 
-def _from_rows(t: Tensor, size: int) -> Tensor:
-    return t.unflatten(-2, (size, -1)).movedim(-3, 0)
+def _from_rows(t: Tensor, size: int, rows: int) -> Tensor:
+    return t.unflatten(-2, (size, rows)).movedim(-3, 0)
 
 
 def _into_members(t: Tensor, mapped: bool, size: int) -> Tensor:
@@ -40,8 +40,9 @@ def _vmap_fwd(info, in_dims, x, weight, bias, activation, save_preactivation, ba
     x, weight, bias = (_front(t, d) for t, d in zip((x, weight, bias), in_dims))
     tail = (activation, save_preactivation, backend)
     if x_mapped and not weight_mapped and not bias_mapped:
+        rows = x.shape[-2]
         y, z = fwd_op(_into_rows(x), weight, bias, *tail)
-        y, z = _from_rows(y, size), _from_rows(z, size) if save_preactivation else z
+        y, z = _from_rows(y, size, rows), _from_rows(z, size, rows) if save_preactivation else z
     else:
         members = weight.shape[-3]
         if x_mapped or x.dim() == 3:
@@ -60,7 +61,7 @@ def _vmap_bwd(info, in_dims, grad, x, weight, saved, activation, need_x, need_we
     grad, x, weight, saved = (_front(t, d) for t, d in zip((grad, x, weight, saved), in_dims))
     members = weight.shape[-3]
     shared = x.dim() - mapped[1] == 2
-    has_saved = saved.numel() > 0
+    has_saved = activation is not None  # of any size, zero included
     if not mapped[0]:
         grad = grad.expand(size, *grad.shape)
     if has_saved and not mapped[3]:
@@ -70,7 +71,7 @@ def _vmap_bwd(info, in_dims, grad, x, weight, saved, activation, need_x, need_we
         rows = _into_rows(x if mapped[1] else x.expand(size, *x.shape))
         saved_rows = _into_rows(saved) if has_saved else saved
         grad_x = bwd_op(_into_rows(grad), rows, weight, saved_rows, activation, True, False, False, backend)[0]
-        grad_x = _from_rows(grad_x, size)
+        grad_x = _from_rows(grad_x, size, grad.shape[-2])
         need_x_here = False
     else:
         need_x_here = need_x
