@@ -155,19 +155,37 @@ def run_tool(name: str, option: str, cubin: bytes) -> str:
 
 
 def spills_in_loops(sass: str) -> int:
-    """Loads and stores of the local stack between a backward branch and its target."""
-    labels, branches, spills, position = {}, [], [], 0
+    """How many loads and stores of the local stack lie on a cycle of the control flow."""
+    names, after, spills, block = {}, [set()], [0], 0  # block names; successors (names or numbers) and spills by block
     for line in sass.splitlines():
-        if label := re.match(r"\s*\.?(\.L_\w+):", line):
-            labels[label[1]] = position
-        if instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)(.*);", line):
-            position += 1
-            if instruction[1] in ("LDL", "STL"):
-                spills.append(position)
-            if target := re.search(r"`\((\.L_\w+)\)", instruction[2]):
-                branches.append((position, target[1]))
-    loops = [(labels[target], end) for end, target in branches if labels.get(target, end) < end]
-    return sum(any(start < spill <= end for start, end in loops) for spill in spills)
+        label = re.match(r"\s*(\.L_\w+):", line)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_]+)(.*);", line)
+        target = re.search(r"`\((\.L_\w+)\)", line) if instruction else None
+        if instruction and instruction[2] in ("LDL", "STL"):
+            spills[block] += 1
+        ends = instruction and instruction[2] in ("BRA", "EXIT") and not instruction[1] and "P" not in instruction[3]
+        if target:
+            after[block].add(target[1])
+        if label or target or ends:
+            after, spills, block = [*after, set()], [*spills, 0], block + 1
+            if not ends:
+                after[block - 1].add(block)
+        if label:
+            names[label[1]] = block
+
+    def returns(start: int) -> bool:
+        seen, pending = set(), [start]
+        while pending:
+            for successor in after[pending.pop()]:
+                number = names.get(successor, successor)
+                if number == start:
+                    return True
+                if number not in seen and isinstance(number, int):
+                    seen.add(number)
+                    pending.append(number)
+        return False
+
+    return sum(count for block, count in enumerate(spills) if count and returns(block))
 
 
 def excesses(launch: Launch, capability: int) -> list[str]:
@@ -220,9 +238,8 @@ CALLS = [
       for dtype in (torch.bfloat16, torch.float32)),
     (90, Call(4, 4096, 1024, 1024, weight_inner=True)),
     (90, Call(4, 256, 256, 256, need=(False, False, True))),
-    *((capability, Call(*size, dtype=dtype)) for capability in (80, 100) for size in (SIZES[1], SIZES[2], ODD[0])
-      for dtype in (torch.bfloat16, torch.float32)),
-    *((capability, Call(*size)) for capability in (80, 100) for size in (SIZES[3], SIZES[7], ODD[1])),
+    *((capability, Call(*size)) for capability in (80, 100) for size in (*SIZES[1:4], ODD[0])),
+    *((capability, Call(*size, dtype=torch.float32)) for capability in (80, 100) for size in (SIZES[1], ODD[0])),
     *((capability, Call(*BIG[0], activation=None)) for capability in (80, 100)),
     *((capability, Call(*SIZES[1], dtype=torch.float32, tf32=True)) for capability in (80, 100)),
     *((capability, Call(20, 4096, 512, 80, shared=True)) for capability in (80, 100)),

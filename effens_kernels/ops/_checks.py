@@ -48,10 +48,10 @@ def check_activation(op: str, activation: object) -> None:
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What `torch.nn.functional.linear` does under autocast: floating inputs other than float64 go to its dtype."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors

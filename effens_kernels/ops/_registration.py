@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("effens_kernels", "DEF")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -27,16 +29,58 @@ def register(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverloa
     return getattr(torch.ops.effens_kernels, name).default
 
 
-def is_plain_eager(*tensors: Tensor | None) -> bool:
+def register_derivative(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
+    """`torch.library.register_autograd`, but for torch.func's transforms too (torch 2.13's refuses them).
+
+    A transform dispatches the op once per level; each time this records the derivative of that level alone.
+    """
+
+    class Derivative(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, *arguments):
+            *inputs, keys = arguments
+            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():  # the levels below record theirs
+                output = op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return *backward(ctx, *grads), None
+
+    def run(keys, *inputs):
+        # Forward-mode tangents need a rule too: there is none, which Function says rather than to drop them.
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs) or forward_ad._current_level >= 0:
+            before = _functorch.get_single_level_autograd_function_allowed()
+            _functorch.set_single_level_autograd_function_allowed(True)
+            try:
+                return Derivative.apply(*inputs, keys)
+            finally:
+                _functorch.set_single_level_autograd_function_allowed(before)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+
+    LIBRARY.impl(op._schema.name.removeprefix("effens_kernels::"), run, "Autograd", with_keyset=True)
+
+
+def is_plain_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True where nothing needs to see the op, so that the short route is exact."""
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
+        or forward_ad._current_level >= 0
     ):
         return False
-    return all(t is None or (type(t) in _PLAIN_TYPES and not t.is_meta) for t in tensors)
+    return (
+        type(x) in _PLAIN_TYPES
+        and type(weight) in _PLAIN_TYPES
+        and (bias is None or type(bias) in _PLAIN_TYPES)
+        and not x.is_meta
+    )
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    )

@@ -9,16 +9,13 @@ With z_e = x_e W_e^T + b_e, y = a(z), and g = dL/dy * a'(z):
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.autograd import forward_ad
 
 from .._activations import ACTIVATIONS, saves_preactivation
-from .._registration import LIBRARY, is_plain_eager, needs_grad, register
+from .._registration import is_plain_eager, needs_grad, register, register_derivative
 from . import native
 
 
@@ -33,7 +30,7 @@ def kernels(backend: str) -> ModuleType:
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
     grad = needs_grad(x, weight, bias)
-    if not is_plain_eager(x, weight, bias) or forward_ad._current_level >= 0:
+    if not is_plain_eager(x, weight, bias):
         return fwd_op(x, weight, bias, activation, grad and saves_preactivation(activation), backend)[0]
     if grad:
         outputs = GroupedLinear.apply(x, weight, bias, activation, backend)
@@ -179,39 +176,5 @@ def _bwd_derivative(ctx, ddx, ddweight, ddbias):
     return grad_grad, grad_x, grad_weight, grad_saved, None, None, None, None, None
 
 
-def _register_derivative(op: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:
-    """`torch.library.register_autograd`, but for torch.func's transforms too (torch 2.13's refuses them).
-
-    A transform dispatches the op once per level; each time this records the derivative of that level alone.
-    """
-
-    class Derivative(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx, *arguments):
-            *inputs, keys = arguments
-            with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():  # the levels below record theirs
-                output = op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        def backward(ctx, *grads):
-            return *backward(ctx, *grads), None
-
-    def run(keys, *inputs):
-        # Forward-mode tangents need a rule too: there is none, which Function says rather than to drop them.
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs) or forward_ad._current_level >= 0:
-            before = _functorch.get_single_level_autograd_function_allowed()
-            _functorch.set_single_level_autograd_function_allowed(True)
-            try:
-                return Derivative.apply(*inputs, keys)
-            finally:
-                _functorch.set_single_level_autograd_function_allowed(before)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
-
-    LIBRARY.impl(op._schema.name.removeprefix("effens_kernels::"), run, "Autograd", with_keyset=True)
-
-
-_register_derivative(fwd_op, _fwd_setup, _fwd_derivative)
-_register_derivative(bwd_op, _bwd_setup, _bwd_derivative)
+register_derivative(fwd_op, _fwd_setup, _fwd_derivative)
+register_derivative(bwd_op, _bwd_setup, _bwd_derivative)

@@ -113,17 +113,19 @@ def grouped_linear_wgrad_kernel(
     if ACTIVATION is not None:
         s = lines(saved + member * s_member, m, height, s_out, outputs, s_member, FOLD, WIDE, BLOCK_M)
         s = operand(s, s_row, 0, False, WIDE, BLOCK_K)
-    if n < column_tiles:
-        x_columns = lines(x + member * x_member, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N)
-        x_columns = operand(x_columns, x_row, 0, False, WIDE, BLOCK_K)
-        acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, x_columns, None, rows, 1, False, WIDE,
-                       EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-        store_tile(dw + member * outputs * inputs, acc, m, height, inputs, n, inputs, 1, 1, 0, False, WIDE,
-                   BLOCK_M, BLOCK_N)
-    elif db is not None:
-        sums = row_sums(load_gradient, (g, s), ACTIVATION, rows, 1, False, WIDE, EVEN_K, BLOCK_M, BLOCK_K)
-        p, offsets, valid = lines(db + member * outputs, m, height, 1, 1, 0, False, WIDE, BLOCK_M)
-        tl.store(p + offsets, sums.to(db.dtype.element_ty), mask=valid)
+    if dw is not None:
+        if n < column_tiles:
+            x_columns = lines(x + member * x_member, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N)
+            x_columns = operand(x_columns, x_row, 0, False, WIDE, BLOCK_K)
+            acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, x_columns, None, rows, 1, False, WIDE,
+                           EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            store_tile(dw + member * outputs * inputs, acc, m, height, inputs, n, inputs, 1, 1, 0, False, WIDE,
+                       BLOCK_M, BLOCK_N)
+    if db is not None:
+        if n == column_tiles:
+            sums = row_sums(load_gradient, (g, s), ACTIVATION, rows, 1, False, WIDE, EVEN_K, BLOCK_M, BLOCK_K)
+            p, offsets, valid = lines(db + member * outputs, m, height, 1, 1, 0, False, WIDE, BLOCK_M)
+            tl.store(p + offsets, sums.to(db.dtype.element_ty), mask=valid)
 
 
 def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
