@@ -73,8 +73,9 @@ def why_not(backend: str, problem: Problem) -> str | None:
         return None
     dtypes = IMPLEMENTED[problem.op].get(backend)
     if dtypes is None:
-        return f"it has no kernel for {problem.op}" + ("" if why_not_here(backend) is None else
-                                                       f" ({why_not_here(backend)})")
+        return f"it has no kernel for {problem.op}" + (
+            "" if why_not_here(backend) is None else f" ({why_not_here(backend)})"
+        )
     if problem.dtype not in dtypes:
         return f"{problem.op} has no {str(problem.dtype).removeprefix('torch.')} kernel there"
     device = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"

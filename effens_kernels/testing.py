@@ -51,8 +51,9 @@ def assert_accurate(actual: Tensor, exact: Tensor, composition: Tensor, name: st
 # ---------------------------------------------------------------------------------------------- sample inputs
 
 
-def strided(shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype,
-            device: torch.device | str) -> Tensor:
+def strided(
+    shape: tuple[int, ...], layout: str, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
     """Random values in the memory layout named: what users pass is not always contiguous."""
 
     def normal(*sizes: int) -> Tensor:
@@ -94,8 +95,9 @@ class LinearCase:
         parts += [f"w_{self.weight_layout}"] * (self.weight_layout != "contiguous")
         return "-".join(parts)
 
-    def inputs_for(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-                   seed: int | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def inputs_for(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Fresh random (x, weight, bias), scaled so that outputs are of order 1."""
         generator = torch.Generator()
         generator.manual_seed(generator.seed() if seed is None else seed)
@@ -119,8 +121,16 @@ class LinearCase:
 
 
 def _linear_cases() -> Iterator[LinearCase]:
-    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (17, 3, 123), (33, 123, 1), (7, 64, 20),
-                                   (64, 31, 37), (2, 129, 65)]:
+    for batch, inputs, outputs in [
+        (1, 1, 1),
+        (1, 17, 3),
+        (3, 1, 17),
+        (17, 3, 123),
+        (33, 123, 1),
+        (7, 64, 20),
+        (64, 31, 37),
+        (2, 129, 65),
+    ]:
         yield LinearCase(3, batch, inputs, outputs)
     for activation in ACTIVATIONS:
         yield LinearCase(2, 19, 23, 29, activation=activation)
@@ -169,8 +179,13 @@ class Op:
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
-        Op("grouped_linear", grouped_linear, _grouped.grouped_linear, tuple(_linear_cases()),
-           tuple(_large_linear_cases())),
+        Op(
+            "grouped_linear",
+            grouped_linear,
+            _grouped.grouped_linear,
+            tuple(_linear_cases()),
+            tuple(_large_linear_cases()),
+        ),
         Op("multihead_linear", multihead_linear, _multihead.multihead_linear, tuple(_head_cases())),
     )
 }
@@ -196,8 +211,10 @@ class ForumWorkload:
 
     def __str__(self) -> str:
         model = "Ensemble1" if self.shared_trunk else "Ensemble2"
-        return (f"{model}-E{self.members}-H{self.heads}-B{self.batch}-{self.state}-{self.hidden}-{self.hidden}-"
-                f"{self.hidden}-{self.actions}")
+        return (
+            f"{model}-E{self.members}-H{self.heads}-B{self.batch}-{self.state}-{self.hidden}-{self.hidden}-"
+            f"{self.hidden}-{self.actions}"
+        )
 
     def layers(self) -> list[tuple[int, int]]:
         """(I, O) of each product, the heads as one."""

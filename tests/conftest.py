@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from common import RUNNERS, Runner, isas
+
 from effens_kernels import _native
 
 

@@ -133,7 +133,9 @@ def test_gradients_accumulate_over_calls(seed):
     """One weight used twice, and .grad that is there already."""
     x, weight, bias = inputs_of(seed, LinearCase(3, 5, 7, 4, shared=True), torch.float64)
     for _ in range(2):
-        (grouped_linear(x, weight, bias, backend="cpu") + grouped_linear(2 * x, weight, bias, backend="cpu")).sum().backward()
+        (
+            grouped_linear(x, weight, bias, backend="cpu") + grouped_linear(2 * x, weight, bias, backend="cpu")
+        ).sum().backward()
     expected = 2 * 3 * x.detach().sum(0).expand(3, 4, 7)
     torch.testing.assert_close(weight.grad, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(bias.grad, torch.full((3, 4), 20.0, dtype=torch.float64))

@@ -147,7 +147,9 @@ def test_backends_refuse_dtypes_they_lack():
             grouped_linear(*CASE.inputs_for(torch.float64), backend=backend)
 
 
-CALL = "import torch, effens_kernels as ek; x, w = torch.ones(2, 3), torch.ones(4, 5, 3); y = ek.grouped_linear(x, w{});"
+CALL = (
+    "import torch, effens_kernels as ek; x, w = torch.ones(2, 3), torch.ones(4, 5, 3); y = ek.grouped_linear(x, w{});"
+)
 REFUSED = {
     "triton_without_gpu_or_interpreter": ("backend='triton'", {}, "the tensors are on cpu, it takes cuda tensors"),
     "cpu_switched_off": ("backend='cpu'", {"EFFENS_NATIVE": "0"}, "switched off by EFFENS_NATIVE=0"),

@@ -125,8 +125,9 @@ def test_any_batch_is_one_graph(how, shared, seed):
             actual = compiled(*inputs)
         else:
             actual = compiled(*leaves(inputs))
-        exact = sample("grouped_linear", LinearCase(3, batch, 6, 4, shared=shared, activation="gelu"), torch.float32,
-                       "cpu", seed).exact
+        exact = sample(
+            "grouped_linear", LinearCase(3, batch, 6, 4, shared=shared, activation="gelu"), torch.float32, "cpu", seed
+        ).exact
         torch.testing.assert_close(actual.detach().double(), exact["y"], rtol=1e-5, atol=1e-5)
         actual.sum().backward()
     assert counter.frame_count == 1

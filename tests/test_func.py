@@ -121,7 +121,10 @@ def test_vmap_without_bias(seed):
 @activations
 @rows
 def test_vmap_over_empty_batches(activation, shared, seed):
-    inputs = [torch.randn(SIZE, *t.shape, dtype=t.dtype) for t in LinearCase(2, 0, 4, 3, shared=shared).inputs_for(torch.float64)]
+    inputs = [
+        torch.randn(SIZE, *t.shape, dtype=t.dtype)
+        for t in LinearCase(2, 0, 4, 3, shared=shared).inputs_for(torch.float64)
+    ]
     dims = (0, 0, 0)
     assert vmap(ours(activation), dims)(*inputs).shape == (SIZE, 2, 0, 3)
     actual = vmap(grad(loss(ours(activation)), (0, 1, 2)), dims)(*inputs)

@@ -60,15 +60,27 @@ def test_gradient_layouts(case, layout, dtype, runner, seed):
     check(inputs, GRAD_LAYOUTS[layout](random_grad(case, inputs[0])), runner.backend, case)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=str)
+EXPANDED = {
+    "one_row": lambda x, weight, bias: (x[..., :1, :].expand(x.shape), weight, bias),
+    "one_feature": lambda x, weight, bias: (x[..., :1].expand(x.shape), weight, bias),
+    "one_member": lambda x, weight, bias: (x, weight[:1].expand(weight.shape), bias[:1].expand(bias.shape)),
+    "one_output": lambda x, weight, bias: (x, weight[:, :1].expand(weight.shape), bias[:, :1].expand(bias.shape)),
+    "one_input": lambda x, weight, bias: (x, weight[..., :1].expand(weight.shape), bias),
+    "one_input_of_transposed": lambda x, weight, bias: (
+        x,
+        weight.mT.contiguous()[:, :1].expand(weight.mT.shape).mT,
+        bias,
+    ),
+}
+
+
+@pytest.mark.parametrize("expand", EXPANDED)
+@pytest.mark.parametrize("case", [*SMALL, LinearCase(2, 8, 64, 32, activation="tanh")], ids=str)
 @everywhere
-def test_expanded_inputs(case, dtype, runner, seed):
-    """Rows, weights and biases that are one tensor for all members, rows or features, by stride 0."""
-    x, weight, bias = case.inputs_for(dtype, runner.device, seed)
-    x = x[..., :1, :].expand(x.shape)
-    weight = weight[:1, :, :1].expand(weight.shape)
-    bias = bias[:1].expand(bias.shape)
-    check((x, weight, bias), random_grad(case, x), runner.backend, case)
+def test_expanded_inputs(expand, case, dtype, runner, seed):
+    """Inputs that are one row, feature or member repeated by stride 0; sizes of odd and of whole vectors."""
+    inputs = EXPANDED[expand](*case.inputs_for(dtype, runner.device, seed))
+    check(inputs, random_grad(case, inputs[0]), runner.backend, case)
 
 
 def test_member_stride_zero_equals_shared_rows(runner, seed):
@@ -177,7 +189,9 @@ def test_activations_from_tiny_to_huge(activation, dtype, runner):
     chosen = torch.tensor([sign * value for value in positive for sign in (1, -1)], dtype=torch.float64)
     z = torch.cat((chosen, 3 * torch.randn(100, dtype=torch.float64))).to(runner.device, dtype)
     x, one, grad = z[:, None], torch.ones_like(z[:1])[None, None], torch.ones_like(z)[None, :, None]
-    exact = derivatives(reference.grouped_linear, (x.double(), one.double(), None), grad.double(), activation=activation)
+    exact = derivatives(
+        reference.grouped_linear, (x.double(), one.double(), None), grad.double(), activation=activation
+    )
     theirs = derivatives(reference.grouped_linear, (x, one, None), grad, activation=activation)
     ours = derivatives(grouped_linear, (x, one, None), grad, activation=activation, backend=runner.backend)
     for name, unit in (("y", z.double().abs()), ("x", torch.ones_like(z, dtype=torch.float64))):

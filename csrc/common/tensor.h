@@ -1,5 +1,5 @@
-// What bindings need of libtorch's stable ABI: dtypes, checks, allocation.  With the files that define schemas, the only
-// code that names torch.
+// What bindings need of libtorch's stable ABI: dtypes, checks, allocation.  With the files that define schemas, the
+// only code that names torch.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -27,8 +27,8 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype_code(like), device_type,
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype_code(like), device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

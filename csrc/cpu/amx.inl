@@ -2,8 +2,11 @@
 
 constexpr int tile_rows = 16, tile_words = 16;
 
-// The compiler's tile intrinsics do not say which memory they read and write; this keeps its own accesses on their side.
-EFFENS_INLINE void settle_memory(const void* p = nullptr) { asm volatile("" : : "r"(p) : "memory"); }
+// The compiler's tile intrinsics do not say which memory they read and write; this keeps its own accesses on their
+// side.
+EFFENS_INLINE void settle_memory(const void* p = nullptr) {
+  asm volatile("" : : "r"(p) : "memory");
+}
 
 struct AmxTiles {
   using U = uint32_t;

@@ -24,7 +24,8 @@ Sizes check(const char* op, const Tensor& x, const Tensor& weight) {
   return s;
 }
 
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x, std::initializer_list<int64_t> sizes) {
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                std::initializer_list<int64_t> sizes) {
   bool same = t.dim() == int64_t(sizes.size()) && t.is_cpu() && dtype_code(t) == dtype_code(x);
   int64_t d = 0;
   for (int64_t size : sizes) same = same && t.size(d++) == size;
@@ -36,7 +37,9 @@ Activation activation_of(const char* op, int64_t code) {
   return Activation(code);
 }
 
-Output output_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+Output output_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
 
 std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                               int64_t activation, bool save_preactivation) {
@@ -62,14 +65,14 @@ std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& wei
   return {y, z};
 }
 
-// dgrad and wgrad of each member in turn.  Where a member's g fits the cache it is computed once for both, into scratch.
+// dgrad and wgrad of each member in turn.  Where a member's g fits the cache it is computed once for both, into
+// scratch.
 void run_both(Gemm dgrad, Gemm wgrad, const Sizes& s) {
   constexpr int64_t fits = 1 << 20;
   const int64_t element = dgrad.dtype == DType::f64 ? 8 : dgrad.dtype == DType::f32 ? 4 : 2;
   // Rows an odd number of cache lines apart do not crowd few sets of the L1 cache.
   const int64_t line = 64 / element, ld = ((s.outputs + line - 1) / line | 1) * line;
-  const bool once = dgrad.slope != Activation::none && s.inputs > 0 && s.members >= int64_t(torch::stable::get_num_threads()) &&
-                    s.batch * ld * element <= fits;
+  const bool once = dgrad.slope != Activation::none && s.inputs > 0 && s.batch * ld * element <= fits;
   if (!once) return run<2>({dgrad, wgrad});
   const Gemm operand = wgrad;
   wgrad.row_sums = nullptr;
@@ -108,8 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
     dgrad.c = {grad_x.mutable_data_ptr(), to.member, to.row, to.col};
   }
 
-  // dW_e = g_e^T x_e, and db_e from the rows of g_e^T as they are read.  Without dW the product has no columns' worth of
-  // work: db alone is a product with an empty n, one strip after another.
+  // dW_e = g_e^T x_e, and db_e from the rows of g_e^T as they are read.  Without dW the product has no columns' worth
+  // of work: db alone is a product with an empty n, one strip after another.
   Tensor grad_weight = need_weight ? empty<3>({s.members, s.outputs, s.inputs}, x) : empty<1>({0}, x);
   Tensor grad_bias = need_bias ? empty<2>({s.members, s.outputs}, x) : empty<1>({0}, x);
   wgrad.batches = s.members, wgrad.m = s.outputs, wgrad.n = need_weight ? s.inputs : 0, wgrad.k = s.batch;

@@ -7,7 +7,9 @@
 namespace effens::cpu {
 namespace {
 
-std::string cpu_isa() { return engine().name; }
+std::string cpu_isa() {
+  return engine().name;
+}
 
 std::string cpu_isa_supported() {
   std::string names;

@@ -10,12 +10,11 @@
 namespace effens::cpu {
 
 const Engine* const* engines() {
-  static const Engine* const all[] = {
-      &engine_baseline,
+  static const Engine* const all[] = {&engine_baseline,
 #if defined(__x86_64__)
-      &engine_avx2, &engine_avx512, &engine_avx512_bf16, &engine_amx,
+                                      &engine_avx2,     &engine_avx512, &engine_avx512_bf16, &engine_amx,
 #endif
-      nullptr};
+                                      nullptr};
   return all;
 }
 
@@ -52,7 +51,9 @@ struct Buffer {
 
 }  // namespace
 
-const Engine& engine() { return *current(); }
+const Engine& engine() {
+  return *current();
+}
 
 bool set_engine(const char* name) {
   const Engine* named = find(name);

@@ -28,18 +28,18 @@ struct Output {
 };
 
 struct Gemm {
-  DType dtype = DType::f32;             // of every operand and output; sums are float, or double for f64
-  int64_t batches = 1, reduces = 1;     // outputs g, summands r per output
+  DType dtype = DType::f32;          // of every operand and output; sums are float, or double for f64
+  int64_t batches = 1, reduces = 1;  // outputs g, summands r per output
   int64_t m = 0, n = 0, k = 0;
   Operand a, b;                         // A [m, k], B [k, n]
   Activation slope = Activation::none;  // operand transform: A * slope(saved), saved laid out as A's shape
   Operand saved;
-  Output c;                             // C [m, n]
-  Output preactivation;                 // optional: the sum and bias before the activation
+  Output c;              // C [m, n]
+  Output preactivation;  // optional: the sum and bias before the activation
   Activation activation = Activation::none;
-  const void* bias = nullptr;           // optional, [n] per g
+  const void* bias = nullptr;  // optional, [n] per g
   int64_t bias_batch = 0;
-  void* row_sums = nullptr;             // optional: sum of A' over k (and r), [m] per g: the bias gradient
+  void* row_sums = nullptr;  // optional: sum of A' over k (and r), [m] per g: the bias gradient
   int64_t row_sums_batch = 0;
 };
 

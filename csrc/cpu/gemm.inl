@@ -6,19 +6,19 @@
 //       A' strip: used in place where it lies right, else transformed or packed into scratch
 //       for each panel of columns: microkernel; after the last block of k: epilogue
 //
-// Where A lies by columns (weight gradients), blocks of k come first instead, so that A streams through once, packed for
-// all strips.  Sums over several blocks of k, or several summands r, wait in scratch beside C.
+// Where A lies by columns (weight gradients), blocks of k come first instead, so that A streams through once, packed
+// for all strips.  Sums over several blocks of k, or several summands r, wait in scratch beside C.
 
 template <class Tiles, class U, class T>
 struct Product {
   using C = Compute<T>;
   static constexpr int64_t w = lanes<C>, strip_rows = Tiles::rows, panel_columns = Tiles::columns;
-  static constexpr int64_t k_block = Tiles::k_block;               // units; a strip of it stays in L1
-  static constexpr int64_t packed_bytes = 1 << 20;                 // of B, to stay in L2
-  static constexpr int64_t region_bytes = 1 << 20;                 // of partial sums
-  static constexpr int64_t strips_bytes = 1 << 19;                 // of A, where all strips are packed at once
-  static constexpr int64_t strip_ld = k_block + 64 / sizeof(U);    // a power of two would alias in L1
-  static constexpr bool same_type = sizeof(U) == sizeof(T);        // packed elements are the stored ones
+  static constexpr int64_t k_block = Tiles::k_block;             // units; a strip of it stays in L1
+  static constexpr int64_t packed_bytes = 1 << 20;               // of B, to stay in L2
+  static constexpr int64_t region_bytes = 1 << 20;               // of partial sums
+  static constexpr int64_t strips_bytes = 1 << 19;               // of A, where all strips are packed at once
+  static constexpr int64_t strip_ld = k_block + 64 / sizeof(U);  // a power of two would alias in L1
+  static constexpr bool same_type = sizeof(U) == sizeof(T);      // packed elements are the stored ones
 
   enum Slot { slot_region, slot_b, slot_strip, slot_tile, slot_transform };
 
@@ -96,7 +96,8 @@ struct Product {
     const int64_t strip_size = blocks_first ? cut.row_block * k_step : (strip_rows + 2) * strip_ld;
     strip = static_cast<U*>(scratch(slot_strip, size_t(strip_size) * sizeof(U)));
     transformed = static_cast<T*>(scratch(slot_transform, size_t((k_block * per_unit<U> + 64) * 32) * sizeof(T)));
-    tile = static_cast<C*>(scratch(slot_tile, size_t(strip_rows * panel_columns + cut.row_block + strip_rows) * sizeof(C)));
+    tile = static_cast<C*>(
+        scratch(slot_tile, size_t(strip_rows * panel_columns + cut.row_block + strip_rows) * sizeof(C)));
     sums = tile + strip_rows * panel_columns;
   }
 
@@ -243,7 +244,8 @@ struct Product {
     return ceil_div(lines, apart ? 64 / apart : 1);
   }
 
-  // One block of k of all of the task's rows, strip after strip; a few steps of k at a time, so that lines are met once.
+  // One block of k of all of the task's rows, strip after strip; a few steps of k at a time, so that lines are met
+  // once.
   void pack_a(int64_t r, int64_t kb, C* sum) {
     const int64_t k0 = kb * k_step, k = block_elements(kb);
     const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + m0;
@@ -277,9 +279,8 @@ struct Product {
         read(src, saved, false, rows, k, transformed, 32, sum);
         src = transformed, ld = 32;
       }
-      auto word = [&](int64_t l, int64_t u, int64_t n) __attribute__((always_inline)) {
-        return pairs(src + 2 * u * ld + l, ld, 2 * u + 1 < k, n);
-      };
+      auto word = [&](int64_t l, int64_t u, int64_t n)
+                      __attribute__((always_inline)) { return pairs(src + 2 * u * ld + l, ld, 2 * u + 1 < k, n); };
       const int64_t have = ceil_div(k, 2);
       transpose_words(word, rows, have, strip, strip_ld);
       for (int64_t l = 0; l < rows; ++l)

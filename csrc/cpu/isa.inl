@@ -3,17 +3,15 @@
 
 namespace effens::cpu {
 namespace EFFENS_ISA {
+// clang-format off: each of these needs the ones before it
 #include "vector.inl"
-
 #include "pack.inl"
-
 #include "micro.inl"
-
 #if defined(EFFENS_HAS_AMX)
 #include "amx.inl"
 #endif
-
 #include "gemm.inl"
+// clang-format on
 
 #if defined(EFFENS_HAS_BF16)
 // Only bfloat16 differs from AVX-512.

@@ -13,7 +13,8 @@
 #define EFFENS_REGISTERS 32
 #define EFFENS_HAS_BF16 1
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16")
 #endif
@@ -22,14 +23,13 @@
 namespace effens::cpu {
 namespace {
 bool supported() {
-  return __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") &&
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bf16");
 }
 }  // namespace
-const Engine engine_avx512_bf16 = {"avx512_bf16", supported, avx512_bf16::plan, avx512_bf16::run, avx512_bf16::transform_operand};
+const Engine engine_avx512_bf16 = {"avx512_bf16", supported, avx512_bf16::plan, avx512_bf16::run,
+                                   avx512_bf16::transform_operand};
 }  // namespace effens::cpu
 
 #if defined(__clang__)

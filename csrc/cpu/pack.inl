@@ -61,19 +61,18 @@ static void transform(const T* src, int64_t src_outer, int64_t src_inner, const 
       sums[i] += sum;
     }
   } else {
-    by_vectors<C>(inner, [&](int64_t j, auto some) __attribute__((always_inline)) {
-      vec<C> total = load(sums + j, some);
-      for (int64_t first = 0; first < outer; first += 32) {
+    for (int64_t first = 0; first < outer; first += 32) {
+      const int64_t last = min<int64_t>(outer, first + 32);
+      by_vectors<C>(inner, [&](int64_t j, auto some) __attribute__((always_inline)) {
         vec<C> partial{};
-        for (int64_t i = first; i < min<int64_t>(outer, first + 32); ++i) {
+        for (int64_t i = first; i < last; ++i) {
           const vec<C> v = value(i, j, some);
           if (dst) store(dst + i * ld + j, v, some);
           partial += v;
         }
-        total += partial;
-      }
-      store(sums + j, total, some);
-    });
+        store(sums + j, load(sums + j, some) + partial, some);
+      });
+    }
   }
 }
 
@@ -192,9 +191,8 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
           __builtin_memcpy(dst + u * width + j, &v, sizeof(v));
         }
     } else if (row == 1) {
-      auto word = [&](int64_t u, int64_t j, int64_t) __attribute__((always_inline)) {
-        return words(b + j * col + 2 * u, k - 2 * u);
-      };
+      auto word = [&](int64_t u, int64_t j, int64_t)
+                      __attribute__((always_inline)) { return words(b + j * col + 2 * u, k - 2 * u); };
       if (cols < width) __builtin_memset(dst, 0, size_t(units * width) * sizeof(U));
       transpose_words(word, units, cols, dst, width);
     } else {
@@ -210,9 +208,8 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
     }
   } else {
     if (row == 1 && sizeof(U) == 4) {
-      auto word = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
-        return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n)));
-      };
+      auto word = [&](int64_t i, int64_t j, int64_t n)
+                      __attribute__((always_inline)) { return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n))); };
       if (cols < width) __builtin_memset(dst, 0, size_t(k * width) * sizeof(U));
       transpose_words(word, k, cols, reinterpret_cast<uint32_t*>(dst), width);
     } else {

@@ -40,7 +40,9 @@ template <class T>
 EFFENS_INLINE T max(T a, T b) {
   return a > b ? a : b;
 }
-EFFENS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+EFFENS_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 template <class T>
 EFFENS_INLINE vec<T> broadcast(T value) {
@@ -256,8 +258,8 @@ EFFENS_INLINE vec<float> exp(vec<float> x) {
   const vec<float> shifted = clamped * 1.44269504f + rounding;
   const vec<float> n = shifted - rounding;
   const vec<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  const vec<float> p = polynomial(r, {5.000000078e-01f, 1.666666686e-01f, 4.166626973e-02f, 8.333265424e-03f,
-                                      1.394608404e-03f, 1.991782647e-04f});
+  const vec<float> p = polynomial(
+      r, {5.000000078e-01f, 1.666666686e-01f, 4.166626973e-02f, 8.333265424e-03f, 1.394608404e-03f, 1.991782647e-04f});
   // 2^n in two factors: n = 128 is no float by itself.
   const vec_i32 whole = bit_cast<vec_i32>(shifted) - 0x4b400000, first = whole >> 1;
   const vec<float> scale = bit_cast<vec<float>>((first + 127) << 23);
@@ -275,17 +277,16 @@ EFFENS_INLINE vec<float> with_sign(vec<float> positive, vec<float> sign) {
 
 EFFENS_INLINE vec<float> tanh(vec<float> x) {
   const vec<float> t = magnitude(x), u = x * x;
-  const vec<float> p = polynomial(
-      u, {-3.333328392e-01f, 1.333149125e-01f, -5.374349526e-02f, 2.065057899e-02f, -5.717036548e-03f});
+  const vec<float> p =
+      polynomial(u, {-3.333328392e-01f, 1.333149125e-01f, -5.374349526e-02f, 2.065057899e-02f, -5.717036548e-03f});
   const vec<float> large = 1.0f - 2.0f / (exp(t + t) + 1.0f);
   return t < 0.625f ? x + x * u * p : with_sign(large, x);
 }
 
 EFFENS_INLINE vec<float> erf(vec<float> x) {
   const vec<float> t = magnitude(x), u = x * x;
-  const vec<float> small = x * polynomial(u, {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f,
-                                              -2.685444459e-02f, 5.189535340e-03f, -8.020841289e-04f,
-                                              7.889119563e-05f});
+  const vec<float> small = x * polynomial(u, {1.128379166e+00f, -3.761262714e-01f, 1.128360018e-01f, -2.685444459e-02f,
+                                              5.189535340e-03f, -8.020841289e-04f, 7.889119563e-05f});
   const vec<float> s = t > 4.05f ? broadcast(4.05f) : t;  // erf is 1 to float's precision from 3.92 on
   const vec<float> q = polynomial(s, {-1.880400312e-04f, 1.129578423e+00f, 6.332198945e-01f, 1.084185761e-01f,
                                       -2.520825604e-02f, 4.204561651e-03f, -4.413363387e-04f, 2.168684719e-05f});
@@ -298,9 +299,15 @@ EFFENS_INLINE vec<double> each(vec<double> x) {
   for (int i = 0; i < lanes<double>; ++i) x[i] = f(x[i]);
   return x;
 }
-EFFENS_INLINE vec<double> exp(vec<double> x) { return each<::exp>(x); }
-EFFENS_INLINE vec<double> tanh(vec<double> x) { return each<::tanh>(x); }
-EFFENS_INLINE vec<double> erf(vec<double> x) { return each<::erf>(x); }
+EFFENS_INLINE vec<double> exp(vec<double> x) {
+  return each<::exp>(x);
+}
+EFFENS_INLINE vec<double> tanh(vec<double> x) {
+  return each<::tanh>(x);
+}
+EFFENS_INLINE vec<double> erf(vec<double> x) {
+  return each<::erf>(x);
+}
 
 // ---------------------------------------------------------------------------------------------------- activations
 

@@ -50,13 +50,18 @@ struct Traits<f16> {
   static constexpr double eps = 0x1p-10, accumulation = 0x1p-23, tiny = 0x1p-24;
 };
 
-inline double widen(float v) { return v; }
-inline double widen(double v) { return v; }
+inline double widen(float v) {
+  return v;
+}
+inline double widen(double v) {
+  return v;
+}
 template <int mantissa, int exponent>
 double widen(Small<mantissa, exponent> v) {
   const int bias = (1 << (exponent - 1)) - 1, e = (v.bits >> mantissa) & ((1 << exponent) - 1);
   const int fraction = v.bits & ((1 << mantissa) - 1);
-  double value = e ? std::ldexp((1 << mantissa) + fraction, e - bias - mantissa) : std::ldexp(fraction, 1 - bias - mantissa);
+  double value =
+      e ? std::ldexp((1 << mantissa) + fraction, e - bias - mantissa) : std::ldexp(fraction, 1 - bias - mantissa);
   if (e == (1 << exponent) - 1) value = fraction ? NAN : INFINITY;
   return v.bits >> 15 ? -value : value;
 }
@@ -123,7 +128,8 @@ class Room {
 
   Room() {
     page = size_t(sysconf(_SC_PAGESIZE));
-    base = static_cast<char*>(mmap(nullptr, bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    base = static_cast<char*>(
+        mmap(nullptr, bytes + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (base == MAP_FAILED || mprotect(base + page, bytes, PROT_READ | PROT_WRITE) != 0) std::abort();
   }
   Room(const Room&) = delete;
@@ -152,9 +158,15 @@ struct Layout {
       int64_t row, col;
     };
     const Kind kinds[] = {
-        {"rows", cols, 1},        {"padded rows", cols + 3, 1},      {"columns", 1, rows},
-        {"padded columns", 1, rows + 5}, {"stepped", 2 * cols + 1, 2}, {"aligned rows", (cols + 15) / 16 * 16, 1},
-        {"one row", 0, 1},        {"one column", 1, 0},              {"upward rows", -cols - 1, 1},
+        {"rows", cols, 1},
+        {"padded rows", cols + 3, 1},
+        {"columns", 1, rows},
+        {"padded columns", 1, rows + 5},
+        {"stepped", 2 * cols + 1, 2},
+        {"aligned rows", (cols + 15) / 16 * 16, 1},
+        {"one row", 0, 1},
+        {"one column", 1, 0},
+        {"upward rows", -cols - 1, 1},
         {"backward columns", cols, -1},
     };
     const Kind& kind = kinds[random.below(output ? 6 : 10)];
@@ -174,7 +186,9 @@ struct Layout {
     return l;
   }
 
-  int64_t at(int64_t g, int64_t r, int64_t i, int64_t j) const { return first + g * batch + r * reduce + i * row + j * col; }
+  int64_t at(int64_t g, int64_t r, int64_t i, int64_t j) const {
+    return first + g * batch + r * reduce + i * row + j * col;
+  }
 
  private:
   static int64_t span(int64_t length, int64_t stride) { return length > 0 ? (length - 1) * std::llabs(stride) : 0; }

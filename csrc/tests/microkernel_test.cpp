@@ -33,14 +33,14 @@ bool failed() {
   return ++failed_cases <= 20;
 }
 
-#define CHECK(condition, ...)                            \
-  do {                                                   \
-    ++checks;                                            \
-    if (!(condition) && failed()) {                      \
-      std::printf("line %d: %s: ", __LINE__, current);   \
-      std::printf(__VA_ARGS__);                          \
-      std::printf("\n");                                 \
-    }                                                    \
+#define CHECK(condition, ...)                          \
+  do {                                                 \
+    ++checks;                                          \
+    if (!(condition) && failed()) {                    \
+      std::printf("line %d: %s: ", __LINE__, current); \
+      std::printf(__VA_ARGS__);                        \
+      std::printf("\n");                               \
+    }                                                  \
   } while (0)
 
 void fault(int) {
@@ -144,7 +144,8 @@ struct Problem {
       l.extent = s.batches * s.n == 0 ? 0 : (s.batches - 1) * l.batch + s.n;
       bias.place(rooms.bias, l, random.chance(70));
       for (int64_t g = 0; g < s.batches; ++g)
-        for (int64_t j = 0; j < s.n; ++j) bias(g, 0, 0, j) = narrow<T>(exact ? double(random.below(7) - 3) : random.real());
+        for (int64_t j = 0; j < s.n; ++j)
+          bias(g, 0, 0, j) = narrow<T>(exact ? double(random.below(7) - 3) : random.real());
       gemm.bias = bias.data, gemm.bias_batch = l.batch;
     }
     choose(rooms.c, c, 1, s.m, s.n, true);
@@ -166,8 +167,8 @@ struct Problem {
     std::snprintf(current, sizeof(current),
                   "%s %s %s: g=%ld r=%ld m=%ld n=%ld k=%ld, A in %s, B in %s, saved in %s, C in %s, activation %d, "
                   "slope %d%s%s%s",
-                  engine.name, std::to_string(int(gemm.dtype)).c_str(), what, long(s.batches), long(s.reduces), long(s.m),
-                  long(s.n), long(s.k), a.layout.name, b.layout.name, saved.layout.name, c.layout.name,
+                  engine.name, std::to_string(int(gemm.dtype)).c_str(), what, long(s.batches), long(s.reduces),
+                  long(s.m), long(s.n), long(s.k), a.layout.name, b.layout.name, saved.layout.name, c.layout.name,
                   int(gemm.activation), int(gemm.slope), bias.data ? ", bias" : "", z.data ? ", preactivation" : "",
                   sums.data ? ", row sums" : "");
   }
@@ -183,12 +184,12 @@ struct Problem {
     T& element = array(g, 0, i, j);
     const double actual = widen(element);
     if (exact)
-      CHECK(actual == widen(narrow<T>(expected)), "%s[%ld, %ld, %ld] is %g, should be %g", name, long(g), long(i), long(j),
-            actual, expected);
+      CHECK(actual == widen(narrow<T>(expected)), "%s[%ld, %ld, %ld] is %g, should be %g", name, long(g), long(i),
+            long(j), actual, expected);
     else
       CHECK(std::fabs(actual - expected) <= allowed + 0.51 * Traits<T>::eps * std::fabs(expected) + Traits<T>::tiny,
-            "%s[%ld, %ld, %ld] is %.9g, should be %.9g, allowed are %g", name, long(g), long(i), long(j), actual, expected,
-            allowed);
+            "%s[%ld, %ld, %ld] is %.9g, should be %.9g, allowed are %g", name, long(g), long(i), long(j), actual,
+            expected, allowed);
     element = poison<T>();
   }
 
@@ -202,8 +203,8 @@ struct Problem {
   void check() {
     const int64_t terms = s.reduces * s.k;
     const double unit = Traits<T>::accumulation, stored = gemm.slope == Activation::none ? 0 : Traits<T>::eps;
-    std::vector<double> left(size_t(s.m * terms)), right(size_t(terms * s.n)), sum(static_cast<size_t>(s.n)),
-        size(sum), square(sum);
+    std::vector<double> left(size_t(s.m * terms)), right(size_t(terms * s.n)), sum(static_cast<size_t>(s.n)), size(sum),
+        square(sum);
     for (int64_t g = 0; g < s.batches; ++g) {
       for (int64_t r = 0; r < s.reduces; ++r)
         for (int64_t l = 0; l < s.k; ++l) {
@@ -223,7 +224,9 @@ struct Problem {
           for (int64_t j = 0; j < s.n; ++j) {
             const double product = v * right[size_t(t * s.n + j)];
             sum[size_t(j)] += product;
-            if (!exact) size[size_t(j)] += std::fabs(product) + std::fabs(right[size_t(t * s.n + j)]), square[size_t(j)] += product * product;
+            if (!exact)
+              size[size_t(j)] += std::fabs(product) + std::fabs(right[size_t(t * s.n + j)]),
+                  square[size_t(j)] += product * product;
           }
         }
         const double growth = 16 + 2 * std::sqrt(double(terms));
@@ -233,7 +236,8 @@ struct Problem {
           if (z.data) compare(z, g, i, j, value, allowed, "preactivation");
           compare(c, g, i, j, activate(gemm.activation, value), 1.2 * allowed + 8 * unit * std::fabs(value), "C");
         }
-        if (sums.data) compare(sums, g, i, 0, total, unit * growth * total_size + stored * 4 * std::sqrt(double(terms)), "row_sums");
+        if (sums.data)
+          compare(sums, g, i, 0, total, unit * growth * total_size + stored * 4 * std::sqrt(double(terms)), "row_sums");
       }
     }
     untouched(c, "C");
@@ -301,7 +305,8 @@ void check_transform(const Engine& engine, Rooms& rooms, Random& random) {
         double v = widen(p.a(g, 0, i, l));
         if (p.gemm.slope != Activation::none) v *= slope(p.gemm.slope, widen(p.saved(g, 0, i, l)));
         total += v;
-        CHECK(widen(to[l * ld + i]) == v, "A'[%ld, %ld] is %g, should be %g", long(i), long(l), widen(to[l * ld + i]), v);
+        CHECK(widen(to[l * ld + i]) == v, "A'[%ld, %ld] is %g, should be %g", long(i), long(l), widen(to[l * ld + i]),
+              v);
         to[l * ld + i] = poison<T>();
       }
       if (p.sums.data) p.compare(p.sums, g, i, 0, total, 0, "row_sums");
@@ -336,7 +341,8 @@ void check_type(const Engine& engine, Rooms& rooms, Random& random) {
     one({1, 1, random.of(narrow_sizes), size, random.of(large)}, true, "wide and deep");
   }
   for (int n = 0; n < 60; ++n)
-    one({1 + random.below(2), 1 + random.below(2), 1 + random.below(80), 1 + random.below(80), 1 + random.below(80)}, false, "real");
+    one({1 + random.below(2), 1 + random.below(2), 1 + random.below(80), 1 + random.below(80), 1 + random.below(80)},
+        false, "real");
   one({2, 2, 150, 70, 800}, false, "real");
   one({1, 1, 70, 300, 800}, false, "real");
   for (int n = 0; n < 40; ++n) check_transform<T>(engine, rooms, random);

@@ -34,8 +34,12 @@ def members_first(layer: str, x: Tensor, num_members: int, batch_first: bool) ->
         return x
     x = x.transpose(0, 1) if batch_first else x
     if x.shape[0] != num_members:
-        reject(layer, "input", f"{layout} with E={num_members} (batch_first={batch_first})", x.transpose(0, 1)
-               if batch_first else x)
+        reject(
+            layer,
+            "input",
+            f"{layout} with E={num_members} (batch_first={batch_first})",
+            x.transpose(0, 1) if batch_first else x,
+        )
     return x
 
 

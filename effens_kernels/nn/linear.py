@@ -30,9 +30,18 @@ class EnsembleLinear(nn.Module):
         (torch.Size([5, 32, 64]), torch.Size([32, 64]))
     """
 
-    def __init__(self, in_features: int, out_features: int, num_members: int, bias: bool = True, *,
-                 activation: str | None = None, batch_first: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_members: int,
+        bias: bool = True,
+        *,
+        activation: str | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         positive("EnsembleLinear", in_features=in_features, out_features=out_features, num_members=num_members)
         self.in_features, self.out_features, self.num_members = in_features, out_features, num_members
@@ -87,9 +96,18 @@ class MultiHeadLinear(nn.Module):
         torch.Size([32, 10, 4])
     """
 
-    def __init__(self, in_features: int, out_features: int, num_heads: int, num_members: int | None = None,
-                 bias: bool = True, *, batch_first: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_heads: int,
+        num_members: int | None = None,
+        bias: bool = True,
+        *,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         positive("MultiHeadLinear", in_features=in_features, out_features=out_features, num_heads=num_heads)
         if num_members is not None:
@@ -110,8 +128,7 @@ class MultiHeadLinear(nn.Module):
     def forward(self, input: Tensor, member: int | None = None) -> Tensor:
         if self.num_members is None:
             if member is not None:
-                raise ValueError("MultiHeadLinear: member should be None for a layer without members, "
-                                 f"got {member!r}")
+                raise ValueError(f"MultiHeadLinear: member should be None for a layer without members, got {member!r}")
             return multihead_linear(input, self.weight, self.bias)
         if member is not None:
             one = one_member("MultiHeadLinear", input, member, self.num_members)

@@ -34,9 +34,19 @@ class EnsembleMLP(nn.Module):
         torch.Size([10, 128, 1])
     """
 
-    def __init__(self, in_features: int, hidden_features: Sequence[int], out_features: int, num_members: int, *,
-                 activation: str | None = "relu", bias: bool = True, batch_first: bool = False,
-                 device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: Sequence[int],
+        out_features: int,
+        num_members: int,
+        *,
+        activation: str | None = "relu",
+        bias: bool = True,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         positive("EnsembleMLP", num_members=num_members)
         self.num_members, self.batch_first = num_members, batch_first
@@ -44,8 +54,9 @@ class EnsembleMLP(nn.Module):
         widths = (in_features, *hidden_features, out_features)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
-            EnsembleLinear(i, o, num_members, bias, activation=activation if n < last else None,
-                           device=device, dtype=dtype)
+            EnsembleLinear(
+                i, o, num_members, bias, activation=activation if n < last else None, device=device, dtype=dtype
+            )
             for n, (i, o) in enumerate(pairwise(widths))
         )
 

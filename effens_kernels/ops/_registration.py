@@ -50,7 +50,7 @@ def register_derivative(op: torch._ops.OpOverload, setup_context: Callable, back
 
     def run(keys, *inputs):
         # Forward-mode tangents need a rule too: there is none, which Function says rather than to drop them.
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs) or forward_ad._current_level >= 0:
+        if (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)) or forward_ad._current_level >= 0:
             before = _functorch.get_single_level_autograd_function_allowed()
             _functorch.set_single_level_autograd_function_allowed(True)
             try:

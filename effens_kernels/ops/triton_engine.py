@@ -61,8 +61,9 @@ def folded_offsets(index, group, stride, group_stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def lines(pointer, tile, size, stride, group, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
-          BLOCK: tl.constexpr):
+def lines(
+    pointer, tile, size, stride, group, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
     """(pointer, offsets, valid) of the lines of one tile along a dimension of `size` lines; the pointer has moved."""
     local = tl.arange(0, BLOCK)
     index = tile * BLOCK + local
@@ -93,8 +94,10 @@ def operand(which, stride, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
 
 
 @triton.jit
-def load_tile(operand, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
-              EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_tile(
+    operand, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     pointer, offsets, valid, stride, group_stride = operand
     index = k + tl.arange(0, BLOCK_K)
     if FOLD:
@@ -110,8 +113,10 @@ def load_tile(operand, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constex
 
 
 @triton.jit
-def load_gradient(operands, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
-                  EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_gradient(
+    operands, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """grad * slope(saved): the gradient before activation TRANSFORM, from the gradient after it."""
     grad, saved = operands
     tile = load_tile(grad, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
@@ -125,9 +130,11 @@ def load_gradient(operands, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.co
 
 
 @triton.jit
-def contract(load_a, a, A: tl.constexpr, load_b, b, B: tl.constexpr, size, group, FOLD: tl.constexpr,
-             WIDE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def contract(
+    load_a, a, A: tl.constexpr, load_b, b, B: tl.constexpr, size, group, FOLD: tl.constexpr, WIDE: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """acc[m, n] = sum over k < size of a[m, k] b[n, k], in float32; A and B are the loaders' TRANSFORMs."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, size, BLOCK_K):
@@ -138,8 +145,10 @@ def contract(load_a, a, A: tl.constexpr, load_b, b, B: tl.constexpr, size, group
 
 
 @triton.jit
-def row_sums(load_a, a, A: tl.constexpr, size, group, FOLD: tl.constexpr, WIDE: tl.constexpr,
-             EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def row_sums(
+    load_a, a, A: tl.constexpr, size, group, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """sum over k < size of a[m, k], in float32.
 
     Inside `contract` the same sums would cost the tensor cores a third of their time (shuffles and barriers in
@@ -152,8 +161,10 @@ def row_sums(load_a, a, A: tl.constexpr, size, group, FOLD: tl.constexpr, WIDE: 
 
 
 @triton.jit
-def store_tile(pointer, acc, m, rows, row_stride, n, columns, stride, group, group_stride, FOLD: tl.constexpr,
-               WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def store_tile(
+    pointer, acc, m, rows, row_stride, n, columns, stride, group, group_stride, FOLD: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Store acc, in the tensor's dtype, as tile (m, n) of [rows, columns]; with FOLD the columns run over members."""
     pointer, down, row_valid = lines(pointer, m, rows, row_stride, 1, 0, False, WIDE, BLOCK_M)
     pointer, along, column_valid = lines(pointer, n, columns, stride, group, group_stride, FOLD, WIDE, BLOCK_N)
@@ -291,20 +302,30 @@ class Layout(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def choose_tile(members: int, rows: int, columns: int, dtype: torch.dtype, precision: str, capability: int,
-                layout: Layout, activation: bool) -> Tile:
-    """The tile for `members` products of [rows, columns] each.
+def choose_tile(
+    members: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    precision: str,
+    capability: int,
+    layout: Layout,
+    activation: bool = False,
+    slope: bool = False,
+) -> Tile:
+    """The tile for `members` products of [rows, columns] each, with an `activation` on the results or its `slope`
+    on operand a.
 
     The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
     way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.
-    What takes registers makes tiles smaller: an activation (and the second tensor that its derivative loads), rows
-    that are not aligned (one address per element, not per 16 bytes), 64-bit offsets.
+    What takes registers makes tiles smaller: an activation, its slope (with the second tensor that it loads), rows that
+    are not aligned (one address per element, not per 16 bytes), 64-bit offsets.
     """
     kind = "fma" if dtype == torch.float32 and precision == "ieee" else "tensor"
     device = DEVICES[max((c for c in DEVICES if c <= capability), default=80)]
     area = device.area
-    if activation:
-        area = min(area, 128 * 128)
+    if activation or slope:
+        area = min(area, 64 * 64 if slope and capability < 90 else 128 * 128)
     if not layout.aligned:
         area = min(area, 64 * 64)
     if layout.wide:
@@ -321,7 +342,7 @@ def choose_tile(members: int, rows: int, columns: int, dtype: torch.dtype, preci
     block_k = tile.BLOCK_K * (4 // dtype.itemsize)
     if kind == "tensor" and (not layout.aligned or (capability < 90 and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
         block_k //= 2  # fewer addresses; and below sm_90 operands pass through registers
-    stage = ((2 if activation else 1) * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
+    stage = ((2 if slope else 1) * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
     return tile._replace(BLOCK_K=block_k, num_stages=max(2, min(tile.num_stages, device.memory // stage)))
 
 

@@ -11,8 +11,9 @@ from . import autograd, batching, reference  # noqa: F401  (batching registers t
 __all__ = ["grouped_linear"]
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None,
-                   backend: str | None = None) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None, backend: str | None = None
+) -> Tensor:
     r"""Apply one linear layer per ensemble member, with the bias and activation fused.
 
     .. math:: y_e = \mathrm{act}(x_e W_e^\top + b_e), \qquad e = 1 \dots E
@@ -48,8 +49,7 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, act
     return run("grouped_linear", x, weight, bias, activation, backend)
 
 
-def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-        backend: str | None) -> Tensor:
+def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str | None) -> Tensor:
     """Check, choose, run; `op` is the name that errors speak of."""
     x, weight, bias = autocast(x, weight, bias)
     check(op, x, weight, bias, activation)

@@ -80,10 +80,19 @@ def _vmap_bwd(info, in_dims, grad, x, weight, saved, activation, need_x, need_we
             x_flat = x
         else:
             x_flat = _per_member(x, mapped[1], size, members)
-        weight_flat = weight.flatten(0, 1) if mapped[2] else weight.new_empty(()).expand(size * members, *weight.shape[1:])
+        weight_flat = (
+            weight.flatten(0, 1) if mapped[2] else weight.new_empty(()).expand(size * members, *weight.shape[1:])
+        )
         flat = bwd_op(
-            grad.flatten(0, 1), x_flat, weight_flat, saved.flatten(0, 1) if has_saved else saved,
-            activation, need_x_here, need_weight, need_bias, backend,
+            grad.flatten(0, 1),
+            x_flat,
+            weight_flat,
+            saved.flatten(0, 1) if has_saved else saved,
+            activation,
+            need_x_here,
+            need_weight,
+            need_bias,
+            backend,
         )
         if need_x_here:
             grad_x = flat[0].unflatten(0, (size, members))

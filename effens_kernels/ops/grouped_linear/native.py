@@ -8,13 +8,22 @@ from ... import _native
 from .._activations import ACTIVATIONS
 
 
-def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-        save_preactivation: bool) -> tuple[Tensor, Tensor]:
+def fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save_preactivation: bool
+) -> tuple[Tensor, Tensor]:
     code = ACTIVATIONS[activation].code
     return _native.ops.grouped_linear_fwd.default(x, weight, bias, code, save_preactivation)
 
 
-def bwd(grad: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str | None,
-        need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     code = ACTIVATIONS[activation].code
     return _native.ops.grouped_linear_bwd.default(grad, x, weight, saved, code, need_x, need_weight, need_bias)

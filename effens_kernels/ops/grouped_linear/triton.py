@@ -30,9 +30,14 @@ from ..triton_engine import (
 )
 
 
+# Kernels keep the grouping of their arguments: tensors, sizes, (member, row, feature) strides, choices.
+# fmt: off
+
+
 @triton.jit(do_not_specialize=["members", "rows"])
 def grouped_linear_fwd_kernel(
-    x, weight, bias, y, z, members, rows, outputs, inputs,
+    x, weight, bias, y, z,
+    members, rows, outputs, inputs,
     x_member, x_row, x_in, w_member, w_out, w_in, b_member, b_out,
     FOLD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -48,22 +53,23 @@ def grouped_linear_fwd_kernel(
     x_rows = operand(x_rows, x_in, 0, False, WIDE, BLOCK_K)
     w_rows = lines(weight + member * w_member, n, columns, w_out, outputs, w_member, FOLD, WIDE, BLOCK_N)
     w_rows = operand(w_rows, w_in, 0, False, WIDE, BLOCK_K)
-    acc = contract(load_tile, x_rows, None, load_tile, w_rows, None, inputs, 1, False, WIDE,
-                   EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = contract(load_tile, x_rows, None, load_tile, w_rows, None, inputs, 1,
+                   False, WIDE, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
 
     if bias is not None:
         p, offsets, valid = lines(bias + member * b_member, n, columns, b_out, outputs, b_member, FOLD, WIDE, BLOCK_N)
         acc += tl.load(p + offsets, mask=valid, other=0.0).to(tl.float32)[None, :]
     if z is not None:
-        store_tile(z + member * y_member, acc, m, rows, outputs, n, columns, 1, outputs, y_member, FOLD, WIDE,
-                   BLOCK_M, BLOCK_N)
+        store_tile(z + member * y_member, acc, m, rows, outputs, n, columns, 1, outputs, y_member,
+                   FOLD, WIDE, BLOCK_M, BLOCK_N)
     store_tile(y + member * y_member, activate(acc, ACTIVATION), m, rows, outputs, n, columns, 1, outputs, y_member,
                FOLD, WIDE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["members", "rows"])
 def grouped_linear_dgrad_kernel(
-    grad, saved, weight, dx, members, rows, outputs, inputs,
+    grad, saved, weight, dx,
+    members, rows, outputs, inputs,
     g_member, g_row, g_out, s_member, s_row, s_out, w_member, w_out, w_in, dx_member, dx_row, dx_in,
     FOLD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,14 +88,15 @@ def grouped_linear_dgrad_kernel(
         s = operand(s, s_out, s_member, FOLD, WIDE, BLOCK_K)
     w = lines(weight + member * w_member, n, inputs, w_in, 1, 0, False, WIDE, BLOCK_N)
     w = operand(w, w_out, w_member, FOLD, WIDE, BLOCK_K)
-    acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, w, None, size, outputs, FOLD, WIDE,
-                   EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, w, None, size, outputs,
+                   FOLD, WIDE, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     store_tile(dx + member * dx_member, acc, m, rows, dx_row, n, inputs, dx_in, 1, 0, False, WIDE, BLOCK_M, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["members", "rows"])
 def grouped_linear_wgrad_kernel(
-    grad, saved, x, dw, db, members, rows, outputs, inputs,
+    grad, saved, x, dw, db,
+    members, rows, outputs, inputs,
     g_member, g_row, g_out, s_member, s_row, s_out, x_member, x_row, x_in,
     FOLD: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -105,7 +112,7 @@ def grouped_linear_wgrad_kernel(
     all_tiles = column_tiles
     if db is not None:
         all_tiles = column_tiles + 1
-    member, m, n = program_tile(height, all_tiles, BLOCK_M)
+    member, m, n = program_tile(height, all_tiles, BLOCK_M)  # with FOLD, member is 0
 
     g = lines(grad + member * g_member, m, height, g_out, outputs, g_member, FOLD, WIDE, BLOCK_M)
     g = operand(g, g_row, 0, False, WIDE, BLOCK_K)
@@ -117,10 +124,10 @@ def grouped_linear_wgrad_kernel(
         if n < column_tiles:
             x_columns = lines(x + member * x_member, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N)
             x_columns = operand(x_columns, x_row, 0, False, WIDE, BLOCK_K)
-            acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, x_columns, None, rows, 1, False, WIDE,
-                           EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-            store_tile(dw + member * outputs * inputs, acc, m, height, inputs, n, inputs, 1, 1, 0, False, WIDE,
-                       BLOCK_M, BLOCK_N)
+            acc = contract(load_gradient, (g, s), ACTIVATION, load_tile, x_columns, None, rows, 1,
+                           False, WIDE, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            store_tile(dw + member * outputs * inputs, acc, m, height, inputs, n, inputs, 1, 1, 0,
+                       False, WIDE, BLOCK_M, BLOCK_N)
     if db is not None:
         if n == column_tiles:
             sums = row_sums(load_gradient, (g, s), ACTIVATION, rows, 1, False, WIDE, EVEN_K, BLOCK_M, BLOCK_K)
@@ -128,8 +135,12 @@ def grouped_linear_wgrad_kernel(
             tl.store(p + offsets, sums.to(db.dtype.element_ty), mask=valid)
 
 
-def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
-        save_preactivation: bool) -> tuple[Tensor, Tensor]:
+# fmt: on
+
+
+def fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save_preactivation: bool
+) -> tuple[Tensor, Tensor]:
     """(y, z): act(z) contiguous [E, B, O], and z likewise, or empty where it need not be saved."""
     members, outputs, inputs = weight.shape
     rows = x.shape[-2]
@@ -141,19 +152,33 @@ def fwd(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None,
     fold = x.dim() == 2 and _folds(members, outputs, w_strides, b_strides, y.stride())
     products, columns = (1, members * outputs) if fold else (members, outputs)
     layout, how = Layout.of(inputs, outputs, x_strides, w_strides), precision(x.dtype)
-    tile = choose_tile(products, rows, columns, x.dtype, how, capability(x.device), layout, activation is not None)
+    acts = activation is not None
+    tile = choose_tile(products, rows, columns, x.dtype, how, capability(x.device), layout, activation=acts)
+    sizes = (members, rows, outputs, inputs)
     launch(
         grouped_linear_fwd_kernel,
         products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),
-        (x, weight, bias, y, z if save_preactivation else None, members, rows, outputs, inputs,
-         *x_strides, *w_strides, *b_strides),
-        tile, FOLD=fold, WIDE=layout.wide, ACTIVATION=activation, EVEN_K=inputs % tile.BLOCK_K == 0, PRECISION=how,
+        (x, weight, bias, y, z if save_preactivation else None, *sizes, *x_strides, *w_strides, *b_strides),
+        tile,
+        FOLD=fold,
+        WIDE=layout.wide,
+        ACTIVATION=activation,
+        EVEN_K=inputs % tile.BLOCK_K == 0,
+        PRECISION=how,
     )
     return y, z
 
 
-def bwd(grad: Tensor, x: Tensor, weight: Tensor, saved: Tensor, activation: str | None,
-        need_x: bool, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dW [E, O, I], db [E, O]), an empty tensor in place of each that is not needed."""
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     dw = x.new_empty(weight.shape if need_weight else 0)
@@ -171,33 +196,48 @@ def _dgrad(grad: Tensor, saved: Tensor | None, activation: str | None, weight: T
     rows, fold = dx.shape[-2], dx.dim() == 2
     g_strides, s_strides, w_strides, dx_strides = grad.stride(), _strides(saved), weight.stride(), _strides(dx)
     products, size = (1, members * outputs) if fold else (members, outputs)
+    if size >= 1 << 30:
+        raise ValueError(
+            f"grouped_linear: {members} members of {outputs} outputs are more than one sum can take (2**30)"
+        )
     layout, how = Layout.of(inputs, outputs, g_strides, s_strides, w_strides, dx_strides), precision(dx.dtype)
     if fold and not _narrow(members, outputs, g_strides, s_strides, w_strides):
         layout = layout._replace(wide=True)
-    tile = choose_tile(products, rows, inputs, dx.dtype, how, capability(dx.device), layout, saved is not None)
+    tile = choose_tile(products, rows, inputs, dx.dtype, how, capability(dx.device), layout, slope=saved is not None)
     launch(
         grouped_linear_dgrad_kernel,
         products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(inputs, tile.BLOCK_N),
         (grad, saved, weight, dx, members, rows, outputs, inputs, *g_strides, *s_strides, *w_strides, *dx_strides),
-        tile, FOLD=fold, WIDE=layout.wide, ACTIVATION=activation, EVEN_K=size % tile.BLOCK_K == 0, PRECISION=how,
+        tile,
+        FOLD=fold,
+        WIDE=layout.wide,
+        ACTIVATION=activation,
+        EVEN_K=size % tile.BLOCK_K == 0,
+        PRECISION=how,
     )
 
 
-def _wgrad(grad: Tensor, saved: Tensor | None, activation: str | None, x: Tensor, dw: Tensor | None,
-           db: Tensor | None) -> None:
+def _wgrad(
+    grad: Tensor, saved: Tensor | None, activation: str | None, x: Tensor, dw: Tensor | None, db: Tensor | None
+) -> None:
     members, rows, outputs = grad.shape
     inputs = x.shape[-1]
     g_strides, s_strides, x_strides = grad.stride(), _strides(saved), _strides(x)
     fold = x.dim() == 2 and _folds(members, outputs, g_strides, s_strides)
     products, height = (1, members * outputs) if fold else (members, outputs)
     layout, how = Layout.of(inputs, outputs, g_strides, s_strides, x_strides), precision(x.dtype)
-    tile = choose_tile(products, height, inputs, x.dtype, how, capability(x.device), layout, saved is not None)
+    tile = choose_tile(products, height, inputs, x.dtype, how, capability(x.device), layout, slope=saved is not None)
     column_tiles = (0 if dw is None else triton.cdiv(inputs, tile.BLOCK_N)) + (db is not None)
     launch(
         grouped_linear_wgrad_kernel,
         products * triton.cdiv(height, tile.BLOCK_M) * column_tiles,
         (grad, saved, x, dw, db, members, rows, outputs, inputs, *g_strides, *s_strides, *x_strides),
-        tile, FOLD=fold, WIDE=layout.wide, ACTIVATION=activation, EVEN_K=rows % tile.BLOCK_K == 0, PRECISION=how,
+        tile,
+        FOLD=fold,
+        WIDE=layout.wide,
+        ACTIVATION=activation,
+        EVEN_K=rows % tile.BLOCK_K == 0,
+        PRECISION=how,
     )
 
 
@@ -214,5 +254,5 @@ def _folds(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
 
 
 def _narrow(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
-    """Whether all offsets over (member, output) fit 32 bits, with room for a tile's own."""
-    return all(members * s[0] + outputs * max(s[1:]) < 1 << 30 for s in strides)
+    """Whether all indices and offsets over (member, output) fit 32 bits, with room for a tile's own."""
+    return members * outputs < 1 << 30 and all(members * s[0] + outputs * max(s[1:]) < 1 << 30 for s in strides)
