@@ -47,7 +47,7 @@ class Runner(NamedTuple):
         return "cpu" if self.backend in ("cpu", "reference") or self.interpreted else "cuda"
 
     def why_not(self) -> str | None:
-        """Why it is right that this runner does not run here.  That the extension is missing is right only by request."""
+        """Why it is right that this runner does not run here.  A missing extension is right only by request."""
         if self.backend == "cpu":
             return _native.why_not() if _env.get("EFFENS_NATIVE") == "0" else None
         if self.device == "cuda" and not torch.cuda.is_available():

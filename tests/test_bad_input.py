@@ -180,7 +180,7 @@ def test_environment_chooses_and_argument_overrides():
     assert chosen == [["reference", "cpu"], ["reference", "none"], ["cpu", "cpu"]]
 
 
-# ----------------------------------------------------------------------------------- the C++ checks behind the public op
+# ------------------------------------------------------------------------------------ the C++ checks behind the op
 
 
 def native_bwd(grad, x, weight, saved, code=1, need=(True, True, True)):

@@ -72,9 +72,9 @@ def test_no_tensor(layer):
 @layers
 def test_wrong_features_and_dtype(layer):
     module = LAYERS[layer]()
-    with pytest.raises(ValueError, match="x should be .*I=7"):
+    with pytest.raises(ValueError, match=r"x should be .*I=7"):
         module(torch.zeros(B, I + 1))
-    with pytest.raises(TypeError, match="should be torch.float64 like x"):
+    with pytest.raises(TypeError, match=r"should be torch\.float64 like x"):
         module(torch.zeros(B, I, dtype=torch.float64))
     with pytest.raises(TypeError, match="float32, float16, bfloat16 or float64"):
         module(torch.zeros(B, I, dtype=torch.int64))
@@ -103,7 +103,7 @@ def test_member_takes_its_own_rows_alone(layer, shape):
 
 @layers
 def test_member_with_no_tensor(layer):
-    with pytest.raises(TypeError, match="should be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"should be a torch\.Tensor, got list"):
         LAYERS[layer]()([[1.0] * I], member=0)
 
 

@@ -29,7 +29,6 @@ from ..triton_engine import (
     store_tile,
 )
 
-
 # Kernels keep the grouping of their arguments: tensors, sizes, (member, row, feature) strides, choices.
 # fmt: off
 
