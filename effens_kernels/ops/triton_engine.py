@@ -21,12 +21,13 @@ registers that addresses take.  WIDE makes those 64-bit too, for strides that ne
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # The interpreter computes bfloat16 products wrongly, without a word: there every tile is float32 from load to store.
 _UPCAST = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -95,10 +96,11 @@ def operand(which, stride, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
 
 @triton.jit
 def load_tile(
-    operand, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    source, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pointer, offsets, valid, stride, group_stride = operand
+    """The operand `source` from reduction index k on, zero beyond its lines and beyond `size`."""
+    pointer, offsets, valid, stride, group_stride = source
     index = k + tl.arange(0, BLOCK_K)
     if FOLD:
         offsets = offsets + folded_offsets(index, group, stride, group_stride, WIDE)[None, :]
@@ -114,11 +116,11 @@ def load_tile(
 
 @triton.jit
 def load_gradient(
-    operands, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    sources, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad * slope(saved): the gradient before activation TRANSFORM, from the gradient after it."""
-    grad, saved = operands
+    grad, saved = sources
     tile = load_tile(grad, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
     if TRANSFORM is not None:
         by = load_tile(saved, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
@@ -273,14 +275,19 @@ class Device(NamedTuple):
     fill: int  # programs that keep it busy
     area: int  # largest BLOCK_M * BLOCK_N
     memory: int  # bytes of shared memory that the stages of one program may take
+    fragments: bool  # tensor cores take operands from registers (mma.sync), not from shared memory
 
 
-_INTERPRETER = 0  # the compute capability that stands for it: tens of milliseconds a program, so few programs
+# By compute capability; one that is not here takes the last row before it.
+_INTERPRETER = 0
 DEVICES = {
-    _INTERPRETER: Device(4, 64 * 64, 160 << 10),
-    80: Device(108, 128 * 128, 160 << 10),
-    90: Device(132, 128 * 256, 224 << 10),
-    100: Device(148, 128 * 256, 224 << 10),
+    _INTERPRETER: Device(4, 64 * 64, 96 << 10, False),  # few programs: tens of milliseconds each
+    75: Device(40, 64 * 64, 60 << 10, True),
+    80: Device(108, 128 * 128, 160 << 10, True),
+    86: Device(84, 128 * 128, 96 << 10, True),
+    90: Device(132, 128 * 256, 224 << 10, False),
+    100: Device(148, 128 * 256, 224 << 10, False),
+    120: Device(170, 128 * 128, 96 << 10, True),
 }
 
 
@@ -301,7 +308,6 @@ class Layout(NamedTuple):
         return Layout((far | near) & 15 == 0, near >= 1 << 22)
 
 
-@lru_cache(maxsize=4096)
 def choose_tile(
     members: int,
     rows: int,
@@ -322,10 +328,10 @@ def choose_tile(
     are not aligned (one address per element, not per 16 bytes), 64-bit offsets.
     """
     kind = "fma" if dtype == torch.float32 and precision == "ieee" else "tensor"
-    device = DEVICES[max((c for c in DEVICES if c <= capability), default=80)]
+    device = DEVICES[max(known for known in DEVICES if known <= capability)]
     area = device.area
     if activation or slope:
-        area = min(area, 64 * 64 if slope and capability < 90 else 128 * 128)
+        area = min(area, 64 * 64 if slope and device.fragments else 128 * 128)
     if not layout.aligned:
         area = min(area, 64 * 64)
     if layout.wide:
@@ -340,8 +346,8 @@ def choose_tile(
         tile = TILES[kind][-1]
 
     block_k = tile.BLOCK_K * (4 // dtype.itemsize)
-    if kind == "tensor" and (not layout.aligned or (capability < 90 and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
-        block_k //= 2  # fewer addresses; and below sm_90 operands pass through registers
+    if kind == "tensor" and (not layout.aligned or (device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
+        block_k //= 2  # fewer addresses, fewer fragments
     stage = ((2 if slope else 1) * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
     return tile._replace(BLOCK_K=block_k, num_stages=max(2, min(tile.num_stages, device.memory // stage)))
 
@@ -367,15 +373,27 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee"
 
 
-def launch(kernel: triton.JITFunction, programs: int, arguments: tuple, tile: Tile, **switches: object) -> None:
-    """Run `programs` programs of `kernel` on the device of its first argument, whichever device is current."""
-    if programs >= 2**31:
-        raise ValueError(f"{kernel.fn.__name__}: {programs} tiles are more than one launch can hold (2**31 - 1)")
-    # enable_fp_fusion is named because its default changes in Triton 3.10.
-    switches.update(tile._asdict(), enable_fp_fusion=True)
-    on = arguments[0]
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
-            kernel[(programs,)](*arguments, **switches)
+class Plan(NamedTuple):
+    """A launch but for its tensors: a pure function of shapes, strides and device, worked out once for each."""
+
+    kernel: triton.JITFunction
+    programs: int
+    scalars: tuple[int, ...]  # the arguments after the tensors
+    switches: dict[str, object]
+
+    @staticmethod
+    def of(kernel: triton.JITFunction, programs: int, scalars: tuple[int, ...], tile: Tile, **switches: object) -> Plan:
+        if programs >= 2**31:
+            raise ValueError(f"{kernel.fn.__name__}: {programs} tiles are more than one launch can hold (2**31 - 1)")
+        # Named because its default changes in Triton 3.10.
+        return Plan(kernel, programs, scalars, {**switches, **tile._asdict(), "enable_fp_fusion": True})
+
+
+def launch(plan: Plan, *tensors: Tensor | None) -> None:
+    """Run `plan` on the device of the first tensor, whichever device is current."""
+    first = tensors[0]
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            plan.kernel[(plan.programs,)](*tensors, *plan.scalars, **plan.switches)
     else:
-        kernel[(programs,)](*arguments, **switches)
+        plan.kernel[(plan.programs,)](*tensors, *plan.scalars, **plan.switches)

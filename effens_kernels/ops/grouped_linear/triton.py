@@ -7,6 +7,8 @@ kernels FOLD marks such an index over (member, output).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from ..triton_engine import (
     Layout,
+    Plan,
     activate,
     capability,
     choose_tile,
@@ -141,30 +144,12 @@ def fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save_preactivation: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, z): act(z) contiguous [E, B, O], and z likewise, or empty where it need not be saved."""
-    members, outputs, inputs = weight.shape
-    rows = x.shape[-2]
-    y = x.new_empty((members, rows, outputs))
+    y = x.new_empty((weight.shape[0], x.shape[-2], weight.shape[1]))
     z = x.new_empty(y.shape if save_preactivation else 0)
-    if y.numel() == 0:
-        return y, z
-    x_strides, w_strides, b_strides = _strides(x), weight.stride(), (0, 0) if bias is None else bias.stride()
-    fold = x.dim() == 2 and _folds(members, outputs, w_strides, b_strides, y.stride())
-    products, columns = (1, members * outputs) if fold else (members, outputs)
-    layout, how = Layout.of(inputs, outputs, x_strides, w_strides), precision(x.dtype)
-    acts = activation is not None
-    tile = choose_tile(products, rows, columns, x.dtype, how, capability(x.device), layout, activation=acts)
-    sizes = (members, rows, outputs, inputs)
-    launch(
-        grouped_linear_fwd_kernel,
-        products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),
-        (x, weight, bias, y, z if save_preactivation else None, *sizes, *x_strides, *w_strides, *b_strides),
-        tile,
-        FOLD=fold,
-        WIDE=layout.wide,
-        ACTIVATION=activation,
-        EVEN_K=inputs % tile.BLOCK_K == 0,
-        PRECISION=how,
-    )
+    if y.numel():
+        b_strides = (0, 0) if bias is None else bias.stride()
+        plan = _plan_fwd(x.shape, x.stride(), weight.shape, weight.stride(), b_strides, activation, *_where(x))
+        launch(plan, x, weight, bias, y, z if save_preactivation else None)
     return y, z
 
 
@@ -182,31 +167,67 @@ def bwd(
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     dw = x.new_empty(weight.shape if need_weight else 0)
     db = x.new_empty(weight.shape[:2] if need_bias else 0)
-    through = None if activation is None else saved
+    where = _where(x)
+    saved, s_strides = (None, (0, 0, 0)) if activation is None else (saved, saved.stride())
     if dx.numel():
-        _dgrad(grad, through, activation, weight, dx)
+        plan = _plan_dgrad(
+            grad.shape, grad.stride(), s_strides, weight.stride(), dx.shape, dx.stride(), activation, *where
+        )
+        launch(plan, grad, saved, weight, dx)
     if dw.numel() or db.numel():
-        _wgrad(grad, through, activation, x, dw if dw.numel() else None, db if need_bias else None)
+        need = dw.numel() > 0, db.numel() > 0
+        plan = _plan_wgrad(grad.shape, grad.stride(), s_strides, x.shape, x.stride(), activation, *need, *where)
+        launch(plan, grad, saved, x, dw if need[0] else None, db if need[1] else None)
     return dx, dw, db
 
 
-def _dgrad(grad: Tensor, saved: Tensor | None, activation: str | None, weight: Tensor, dx: Tensor) -> None:
-    members, outputs, inputs = weight.shape
-    rows, fold = dx.shape[-2], dx.dim() == 2
-    g_strides, s_strides, w_strides, dx_strides = grad.stride(), _strides(saved), weight.stride(), _strides(dx)
+# ------------------------------------------------------------------------------------------------ plans
+
+
+def _where(x: Tensor) -> tuple[torch.dtype, str, int]:
+    return x.dtype, precision(x.dtype), capability(x.device)
+
+
+@lru_cache(maxsize=4096)
+def _plan_fwd(x_shape, x_strides, w_shape, w_strides, b_strides, activation, dtype, how, capability) -> Plan:
+    members, outputs, inputs = w_shape
+    rows = x_shape[-2]
+    fold = len(x_shape) == 2 and _folds(members, outputs, w_strides, b_strides, (rows * outputs, outputs))
+    products, columns = (1, members * outputs) if fold else (members, outputs)
+    x_strides = _by_member(x_strides)
+    layout = Layout.of(inputs, outputs, x_strides, w_strides)
+    tile = choose_tile(products, rows, columns, dtype, how, capability, layout, activation=activation is not None)
+    return Plan.of(
+        grouped_linear_fwd_kernel,
+        products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),
+        (members, rows, outputs, inputs, *x_strides, *w_strides, *b_strides),
+        tile,
+        FOLD=fold,
+        WIDE=layout.wide,
+        ACTIVATION=activation,
+        EVEN_K=inputs % tile.BLOCK_K == 0,
+        PRECISION=how,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan_dgrad(
+    g_shape, g_strides, s_strides, w_strides, dx_shape, dx_strides, activation, dtype, how, capability
+) -> Plan:
+    (members, rows, outputs), inputs = g_shape, dx_shape[-1]
+    fold = len(dx_shape) == 2
     products, size = (1, members * outputs) if fold else (members, outputs)
     if size >= 1 << 30:
-        raise ValueError(
-            f"grouped_linear: {members} members of {outputs} outputs are more than one sum can take (2**30)"
-        )
-    layout, how = Layout.of(inputs, outputs, g_strides, s_strides, w_strides, dx_strides), precision(dx.dtype)
+        raise ValueError(f"grouped_linear: a sum over {members} members of {outputs} outputs has 2**30 terms or more")
+    dx_strides = _by_member(dx_strides)
+    layout = Layout.of(inputs, outputs, g_strides, s_strides, w_strides, dx_strides)
     if fold and not _narrow(members, outputs, g_strides, s_strides, w_strides):
         layout = layout._replace(wide=True)
-    tile = choose_tile(products, rows, inputs, dx.dtype, how, capability(dx.device), layout, slope=saved is not None)
-    launch(
+    tile = choose_tile(products, rows, inputs, dtype, how, capability, layout, slope=activation is not None)
+    return Plan.of(
         grouped_linear_dgrad_kernel,
         products * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(inputs, tile.BLOCK_N),
-        (grad, saved, weight, dx, members, rows, outputs, inputs, *g_strides, *s_strides, *w_strides, *dx_strides),
+        (members, rows, outputs, inputs, *g_strides, *s_strides, *w_strides, *dx_strides),
         tile,
         FOLD=fold,
         WIDE=layout.wide,
@@ -216,21 +237,21 @@ def _dgrad(grad: Tensor, saved: Tensor | None, activation: str | None, weight: T
     )
 
 
-def _wgrad(
-    grad: Tensor, saved: Tensor | None, activation: str | None, x: Tensor, dw: Tensor | None, db: Tensor | None
-) -> None:
-    members, rows, outputs = grad.shape
-    inputs = x.shape[-1]
-    g_strides, s_strides, x_strides = grad.stride(), _strides(saved), _strides(x)
-    fold = x.dim() == 2 and _folds(members, outputs, g_strides, s_strides)
+@lru_cache(maxsize=4096)
+def _plan_wgrad(
+    g_shape, g_strides, s_strides, x_shape, x_strides, activation, need_weight, need_bias, dtype, how, capability
+) -> Plan:
+    (members, rows, outputs), inputs = g_shape, x_shape[-1]
+    fold = len(x_shape) == 2 and _folds(members, outputs, g_strides, s_strides)
     products, height = (1, members * outputs) if fold else (members, outputs)
-    layout, how = Layout.of(inputs, outputs, g_strides, s_strides, x_strides), precision(x.dtype)
-    tile = choose_tile(products, height, inputs, x.dtype, how, capability(x.device), layout, slope=saved is not None)
-    column_tiles = (0 if dw is None else triton.cdiv(inputs, tile.BLOCK_N)) + (db is not None)
-    launch(
+    x_strides = _by_member(x_strides)
+    layout = Layout.of(inputs, outputs, g_strides, s_strides, x_strides)
+    tile = choose_tile(products, height, inputs, dtype, how, capability, layout, slope=activation is not None)
+    column_tiles = need_weight * triton.cdiv(inputs, tile.BLOCK_N) + need_bias
+    return Plan.of(
         grouped_linear_wgrad_kernel,
         products * triton.cdiv(height, tile.BLOCK_M) * column_tiles,
-        (grad, saved, x, dw, db, members, rows, outputs, inputs, *g_strides, *s_strides, *x_strides),
+        (members, rows, outputs, inputs, *g_strides, *s_strides, *x_strides),
         tile,
         FOLD=fold,
         WIDE=layout.wide,
@@ -240,11 +261,9 @@ def _wgrad(
     )
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+def _by_member(strides: tuple[int, ...]) -> tuple[int, ...]:
     """(member, row, feature) strides; a shared [B, I] tensor is the same for every member."""
-    if tensor is None:
-        return 0, 0, 0
-    return tensor.stride() if tensor.dim() == 3 else (0, *tensor.stride())
+    return strides if len(strides) == 3 else (0, *strides)
 
 
 def _folds(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
@@ -253,5 +272,5 @@ def _folds(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
 
 
 def _narrow(members: int, outputs: int, *strides: tuple[int, ...]) -> bool:
-    """Whether all indices and offsets over (member, output) fit 32 bits, with room for a tile's own."""
+    """Whether indices and offsets over (member, output) fit 32 bits, with room for a tile's own."""
     return members * outputs < 1 << 30 and all(members * s[0] + outputs * max(s[1:]) < 1 << 30 for s in strides)
