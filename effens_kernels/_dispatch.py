@@ -86,7 +86,7 @@ def why_not(backend: str, problem: Problem) -> str | None:
 
 def select(problem: Problem, requested: str | None = None) -> str:
     """The backend that runs `problem`: the requested one, else EFFENS_BACKEND, else the first preference that can."""
-    requested = requested or _env.BACKEND
+    requested = _env.BACKEND if requested is None else requested
     if requested is None:
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:
