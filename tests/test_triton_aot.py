@@ -68,6 +68,7 @@ class Call:
     bias: bool = True
     tf32: bool = False
     weight_inner: bool = False  # stored [E, I, O]
+    far: bool = False  # rows of x so far apart that offsets within a tile take 64 bits
     need: tuple[bool, bool, bool] = field(default=(True, True, True))
 
     def __str__(self) -> str:
@@ -80,6 +81,7 @@ class Call:
             str(self.activation),
         ]
         words += ["shared"] * self.shared + ["nobias"] * (not self.bias) + ["w_inner"] * self.weight_inner
+        words += ["far"] * self.far
         return "-".join(words)
 
     def launches(self, capability: int) -> tuple[list[Launch], list[Launch]]:
@@ -96,6 +98,8 @@ class Call:
                 if self.weight_inner
                 else empty(self.members, self.outputs, self.inputs)
             )
+            if self.far:
+                x = torch.empty_strided(x.shape, (1 << 40, 1 << 23, 1), dtype=self.dtype, device="meta")
             bias = empty(self.members, self.outputs) if self.bias else None
             y, z = grouped_linear.fwd(x, weight, bias, self.activation, saves_preactivation(self.activation))
             forward = len(recorded)
@@ -241,9 +245,13 @@ def excesses(launch: Launch, capability: int) -> list[str]:
 
 # Each reaches another row of the table of tiles in at least one kernel; the odd ones load element by element.
 HUGE, LARGE, MEDIUM, SMALL = (4, 4096, 4096, 4096), (1, 2048, 2048, 2048), (1, 1024, 1024, 1024), (4, 256, 256, 256)
-THIN = ((64, 1024, 1024, 16), (64, 1024, 16, 1024), (64, 8, 1024, 1024), (3, 8, 16, 16))
-ODD, ODD_SMALL = (1, 1025, 1023, 1021), (4, 255, 257, 259)
-ODD_THIN = ((64, 1001, 1023, 5), (64, 1001, 5, 1023), (64, 7, 1023, 1021))
+FEW_OUTPUTS, FEW_INPUTS, FEW_ROWS, TINY = (
+    (64, 1024, 1024, 16),
+    (64, 1024, 16, 1024),
+    (64, 8, 1024, 1024),
+    (3, 8, 16, 16),
+)
+ODD, ODD_SMALL, ODD_FEW_OUTPUTS = (1, 1025, 1023, 1021), (4, 255, 257, 259), (64, 1001, 1023, 5)
 SHARED = Call(20, 4096, 512, 80, shared=True)
 FLOAT, HALF = torch.float32, torch.float16
 
@@ -254,21 +262,25 @@ def calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) ->
 
 CALLS = [
     *calls(90, LARGE, MEDIUM, SMALL, ODD),  # gelu: takes the most registers, and the most time to compile
-    *calls(90, *THIN, ODD_SMALL, *ODD_THIN, activation="relu"),
+    *calls(90, FEW_INPUTS, TINY, ODD_SMALL, activation="relu"),
+    *calls(90, FEW_OUTPUTS, ODD_FEW_OUTPUTS, activation="relu", need=(False, True, True)),
+    *calls(90, FEW_ROWS, activation="relu", need=(True, False, False)),
     *calls(90, HUGE, activation=None),
     *calls(90, LARGE, MEDIUM, ODD, dtype=FLOAT),
-    *calls(90, SMALL, *THIN, ODD_SMALL, ODD_THIN[0], dtype=FLOAT, activation="relu"),
+    *calls(90, SMALL, ODD_SMALL, dtype=FLOAT, activation="relu"),
+    *calls(90, FEW_OUTPUTS, FEW_ROWS, TINY, dtype=FLOAT, activation="relu", need=(False, False, True)),
     *calls(90, LARGE, ODD, dtype=FLOAT, tf32=True),
     *calls(90, MEDIUM, dtype=HALF, activation="relu"),
-    *calls(90, SMALL, activation="silu"),
-    *calls(90, SMALL, activation="tanh"),
-    *calls(90, SMALL, need=(False, False, True)),
-    *calls(90, LARGE, weight_inner=True),
+    *calls(90, SMALL, activation="tanh", need=(True, False, False)),
+    *calls(90, LARGE, weight_inner=True, need=(True, False, False)),
+    *calls(90, SMALL, far=True, activation="relu"),
+    *calls(90, (1, 1, 1, 1), activation="silu"),  # Triton turns every argument that is 1 into a constant
+    *calls(90, (3, 5, 1, 7), activation="tanh", bias=False, need=(True, True, False)),
     (90, SHARED),
     (90, replace(SHARED, outputs=10, bias=False, need=(True, True, False))),
     *(pair for c in (80, 100) for pair in calls(c, LARGE, MEDIUM, ODD)),
-    *(pair for c in (80, 100) for pair in calls(c, LARGE, dtype=FLOAT)),
     *(pair for c in (80, 100) for pair in calls(c, HUGE, activation=None)),
+    *calls(80, LARGE, dtype=FLOAT),
     *(pair for c in (80, 100) for pair in calls(c, LARGE, dtype=FLOAT, tf32=True, activation="relu")),
     *(pair for c in (86, 120) for pair in calls(c, LARGE, activation="relu")),  # less shared memory
     (80, SHARED),

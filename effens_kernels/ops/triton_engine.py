@@ -15,8 +15,8 @@ transform (a scale, a mix of templates) is a new loader over `load_tile`.  Trito
 tuples, so a loader travels as an argument of its own, with its one compile-time choice TRANSFORM beside it.
 What happens to the float32 result (bias, `activate`, scale, `store_tile`) is the op's epilogue.
 
-Offsets: members and tiles are reached by 64-bit arithmetic, places within a tile by 32-bit offsets, which halves the
-registers that addresses take.  WIDE makes those 64-bit too, for strides that need it (`Layout`).
+Members and tiles are reached by 64-bit arithmetic, places within a tile by 32-bit offsets, which halves the registers
+that addresses take.  WIDE makes those 64-bit too, for strides that need it (`Layout`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The interpreter computes bfloat16 products wrongly, without a word: there every tile is float32 from load to store.
-_UPCAST = tl.constexpr(bool(triton.knobs.runtime.interpret))
+# The interpreter computes bfloat16 products wrongly, without a word, and cuts where a GPU rounds: there every tile is
+# float32 from load to store, and `narrow` rounds.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _GROUP = tl.constexpr(8)  # row tiles that share a pass over the columns, so that both stay in L2
-
 
 # ------------------------------------------------------------------------------------------------ device: indices
 
@@ -109,7 +109,7 @@ def load_tile(
     if not EVEN_K:
         valid = valid & (index < size)[None, :]
     tile = tl.load(pointer + offsets, mask=valid, other=0.0)
-    if _UPCAST:
+    if _INTERPRETED:
         tile = tile.to(tl.float32)
     return tile
 
@@ -172,7 +172,17 @@ def store_tile(
     pointer, along, column_valid = lines(pointer, n, columns, stride, group, group_stride, FOLD, WIDE, BLOCK_N)
     offsets = down[:, None] + along[None, :]
     valid = row_valid[:, None] & column_valid[None, :]
-    tl.store(pointer + offsets, acc.to(pointer.dtype.element_ty), mask=valid)
+    tl.store(pointer + offsets, narrow(acc, pointer.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def narrow(acc, dtype: tl.constexpr):
+    """A float32 tile in `dtype`, rounded to nearest."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = acc.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        acc = tl.where(acc == acc, bits.to(tl.float32, bitcast=True), acc)
+    return acc.to(dtype)
 
 
 # ------------------------------------------------------------------------------------------------ device: activations
@@ -197,8 +207,7 @@ def through_activation(grad, saved, ACTIVATION: tl.constexpr):
     """grad * act'(z) in grad's dtype, from what the activation saves (its output, or z)."""
     if ACTIVATION == "relu":
         return tl.where(saved <= 0, 0.0, grad).to(grad.dtype)
-    g = grad.to(tl.float32)
-    s = saved.to(tl.float32)
+    g, s = grad.to(tl.float32), saved.to(tl.float32)
     if ACTIVATION == "gelu":
         bell = tl.exp(-0.5 * s * s)
         if saved.dtype == tl.float32:
@@ -225,10 +234,8 @@ def _normal_cdf(z, bell):
 
 @triton.jit
 def _tanh(z):
-    # 1 - exp(-2|z|) cancels near zero, where the series is exact to float32.
-    t = tl.exp(-2 * tl.abs(z))
-    far = (1 - t) / (1 + t)
-    q = z * z
+    t, q = tl.exp(-2 * tl.abs(z)), z * z
+    far = (1 - t) / (1 + t)  # cancels near zero, where the series is exact to float32
     near = z * (1 + q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835)))))
     return tl.where(q < 0.0625, near, tl.where(z < 0, -far, far))
 
@@ -309,18 +316,10 @@ class Layout(NamedTuple):
 
 
 def choose_tile(
-    members: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    precision: str,
-    capability: int,
-    layout: Layout,
-    activation: bool = False,
-    slope: bool = False,
-) -> Tile:
-    """The tile for `members` products of [rows, columns] each, with an `activation` on the results or its `slope`
-    on operand a.
+    members: int, rows: int, columns: int, dtype: torch.dtype, precision: str, capability: int, layout: Layout,
+    activation: bool = False, slope: bool = False,
+) -> Tile:  # fmt: skip
+    """The tile for `members` products of [rows, columns], with an `activation` on results or its `slope` on operand a.
 
     The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
     way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.

@@ -25,6 +25,7 @@ from ..triton_engine import (
     lines,
     load_gradient,
     load_tile,
+    narrow,
     operand,
     precision,
     program_tile,
@@ -134,7 +135,7 @@ def grouped_linear_wgrad_kernel(
         if n == column_tiles:
             sums = row_sums(load_gradient, (g, s), ACTIVATION, rows, 1, False, WIDE, EVEN_K, BLOCK_M, BLOCK_K)
             p, offsets, valid = lines(db + member * outputs, m, height, 1, 1, 0, False, WIDE, BLOCK_M)
-            tl.store(p + offsets, sums.to(db.dtype.element_ty), mask=valid)
+            tl.store(p + offsets, narrow(sums, db.dtype.element_ty), mask=valid)
 
 
 # fmt: on
@@ -144,6 +145,7 @@ def fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save_preactivation: bool
 ) -> tuple[Tensor, Tensor]:
     """(y, z): act(z) contiguous [E, B, O], and z likewise, or empty where it need not be saved."""
+    x, weight, bias = x.resolve_neg(), weight.resolve_neg(), None if bias is None else bias.resolve_neg()
     y = x.new_empty((weight.shape[0], x.shape[-2], weight.shape[1]))
     z = x.new_empty(y.shape if save_preactivation else 0)
     if y.numel():
@@ -164,6 +166,7 @@ def bwd(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx like x, dW [E, O, I], db [E, O]), an empty tensor in place of each that is not needed."""
+    grad, x, weight, saved = (t.resolve_neg() for t in (grad, x, weight, saved))  # kernels read memory, not sign bits
     dx = torch.empty_like(x) if need_x else x.new_empty(0)
     dw = x.new_empty(weight.shape if need_weight else 0)
     db = x.new_empty(weight.shape[:2] if need_bias else 0)

@@ -44,13 +44,13 @@ def multihead_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
     if x.dim() not in (2, 3) or x.dim() > weight.dim() - 1:
         expected = "[B, I]" if weight.dim() == 3 else "[B, I] or [E, B, I]"
         reject(op, "x", f"{expected} with weight {list(weight.shape)}", x)
+    members = 1 if weight.dim() == 3 else weight.shape[0]
     heads, outputs, inputs = weight.shape[-3:]
     if bias is not None:
         check_tensor(op, "bias", bias)
         if bias.shape != weight.shape[:-1]:
             reject(op, "bias", f"{list(weight.shape[:-1])} to fit weight {list(weight.shape)}", bias)
-        bias = bias.reshape(-1, heads * outputs)
-    members = 1 if weight.dim() == 3 else weight.shape[0]
+        bias = bias.reshape(members, heads * outputs)
     folded = weight.reshape(members, heads * outputs, inputs)
     y = run(op, x, folded, bias, None, backend).unflatten(-1, (heads, outputs))
     return y.squeeze(0) if weight.dim() == 3 else y
