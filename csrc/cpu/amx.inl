@@ -10,9 +10,11 @@ EFFENS_INLINE void settle_memory(const void* p = nullptr) {
 
 struct AmxTiles {
   using U = uint32_t;
-  static constexpr int rows = 2 * tile_rows, columns = 2 * tile_words;
+  static constexpr int most_vectors = 2;
   static constexpr bool whole_tiles = true;  // writes whole tiles: C always has room for 32 rows
   static constexpr int64_t unit_multiple = tile_words, k_block = 128;
+
+  static constexpr int64_t rows(int64_t) { return 2 * tile_rows; }
 
   // Tile registers are configured here and given back as found: other libraries on this thread use them too.
   struct Session {
@@ -78,10 +80,11 @@ struct AmxTiles {
     settle_memory();
   }
 
-  static void multiply(int64_t k, int64_t rows, int64_t vectors, const Strip<U>& a, const U* b, int64_t ldb, float* c,
-                       int64_t ldc, bool accumulate) {
+  // `from` is null or c.
+  static void multiply(int64_t k, int64_t rows, int64_t vectors, const Strip<U>& a, const U* b, int64_t ldb,
+                       const float* from, int64_t, float* c, int64_t ldc, const Finish<float>& = {}) {
     const auto kernel = rows > tile_rows ? (vectors > 1 ? tiles<true, true> : tiles<true, false>)
                                          : (vectors > 1 ? tiles<false, true> : tiles<false, false>);
-    kernel(k, a.data, a.row, b, ldb, c, ldc, accumulate);
+    kernel(k, a.data, a.row, b, ldb, c, ldc, from != nullptr);
   }
 };

@@ -12,7 +12,7 @@
 template <class Tiles, class U, class T>
 struct Product {
   using C = Compute<T>;
-  static constexpr int64_t w = lanes<C>, strip_rows = Tiles::rows, panel_columns = Tiles::columns;
+  static constexpr int64_t w = lanes<C>;
   static constexpr int64_t k_block = Tiles::k_block;             // units; a strip of it stays in L1
   static constexpr int64_t packed_bytes = 1 << 20;               // of B, to stay in L2
   static constexpr int64_t region_bytes = 1 << 20;               // of partial sums
@@ -28,8 +28,17 @@ struct Product {
 
   static bool by_columns(const Gemm& p) { return p.a.row == 1 && p.a.col != 1; }
 
+  // C is cut into strips of rows and panels of columns: tiles as wide as n lets them be, but where A lies by columns
+  // tall ones, which take more of each of its cache lines.
+  static int64_t panel_vectors(const Gemm& p) {
+    const int64_t vectors = max<int64_t>(1, ceil_div(p.n, w));
+    const int64_t most = by_columns(p) ? min(2, Tiles::most_vectors) : Tiles::most_vectors;
+    return ceil_div(vectors, ceil_div(vectors, most));
+  }
+
   static Plan plan(const Gemm& p, int threads) {
     Plan plan;
+    const int64_t panel = panel_vectors(p), panel_columns = panel * w, strip_rows = Tiles::rows(panel);
     const int64_t units = max<int64_t>(1, units_of(p.k));
     const int64_t fit = max<int64_t>(2, packed_bytes / int64_t(units * sizeof(U)) / panel_columns);
     plan.col_block = min(fit * panel_columns, max<int64_t>(1, ceil_div(p.n, panel_columns)) * panel_columns);
@@ -67,8 +76,9 @@ struct Product {
  private:
   const Gemm& p;
   const Plan& cut;
+  const int64_t panel_columns, strip_rows;                // of the largest tile
   const int64_t reduces, depth, units, k_blocks, k_step;  // summands, k and its blocks; none of them 0
-  const bool plain;                                       // C takes the sums as they are
+  const bool direct;                                      // C takes the sums from the registers
   const bool blocks_first;                                // A lies by columns and is packed
   C *region, *tile, *sums;
   U *packed, *strip;
@@ -82,13 +92,15 @@ struct Product {
   Product(const Gemm& p, const Plan& cut)
       : p(p),
         cut(cut),
+        panel_columns(panel_vectors(p) * w),
+        strip_rows(Tiles::rows(panel_columns / w)),
         reduces(max<int64_t>(1, p.reduces)),
         depth(p.reduces == 0 ? 0 : p.k),
         units(units_of(depth)),
         k_blocks(max<int64_t>(1, ceil_div(units, k_block))),
         k_step(max<int64_t>(1, ceil_div(ceil_div(units, k_blocks), Tiles::unit_multiple) * Tiles::unit_multiple)),
-        plain(sizeof(T) == sizeof(C) && !p.bias && !p.preactivation.data && p.activation == Activation::none &&
-              p.c.col == 1 && !Tiles::whole_tiles),
+        direct(sizeof(T) == sizeof(C) && !p.preactivation.data && p.c.col == 1 && !Tiles::whole_tiles &&
+               (p.activation == Activation::none || p.activation == Activation::relu)),
         blocks_first(per_unit<U> == 1 && by_columns(p) && depth > 0 && !(same_type && lies_well())) {
     const int64_t partial_rows = strip_rows + (reduces > 1 || blocks_first ? cut.row_block : 0);
     region = static_cast<C*>(scratch(slot_region, size_t(partial_rows * cut.col_block) * sizeof(C)));
@@ -159,19 +171,31 @@ struct Product {
     const bool whole = steps() == 1, final = step + 1 == steps();
     const int64_t k = depth == 0 ? 0 : block_units(kb);
     const U* b = b_ld ? b_data + kb * k_step * b_ld : packed + kb * k_step * padded_columns();
-    for (int64_t j = n0; j < n1; j += panel_columns) {
-      const int64_t columns = min(panel_columns, n1 - j), vectors = ceil_div(columns, w);
+    each_panel([&](int64_t j, int64_t columns, int64_t vectors) {
       const U* panel = b + (b_ld ? j - n0 : k * (j - n0));
       const int64_t ldb = b_ld ? b_ld : vectors * w;
-      if (whole && plain && columns == vectors * w) {
+      C* to = whole ? tile : partial + (j - n0);
+      const int64_t ld = whole ? panel_columns : cut.col_block;
+      if (final && direct && columns == vectors * w) {
+        const C* bias = p.bias ? static_cast<const C*>(p.bias) + g * p.bias_batch + j : nullptr;
+        const Finish<C> finish = {bias, p.activation == Activation::relu};
         C* out = reinterpret_cast<C*>(output(p.c, i, j));
-        Tiles::multiply(k, rows, vectors, a, panel, ldb, out, p.c.row, false);
+        Tiles::multiply(k, rows, vectors, a, panel, ldb, whole ? nullptr : to, ld, out, p.c.row, finish);
       } else {
-        C* to = whole ? tile : partial + (j - n0);
-        const int64_t ld = whole ? panel_columns : cut.col_block;
-        Tiles::multiply(k, rows, vectors, a, panel, ldb, to, ld, step > 0);
+        Tiles::multiply(k, rows, vectors, a, panel, ldb, step > 0 ? to : nullptr, ld, to, ld);
         if (final) finish(to, ld, i, j, rows, columns);
       }
+    });
+  }
+
+  // Panels of nearly equal width, in whole vectors but for the last.
+  template <class F>
+  __attribute__((always_inline)) void each_panel(F f) const {
+    int64_t vectors = ceil_div(n1 - n0, w), j = n0;
+    for (int64_t panels = ceil_div(n1 - n0, panel_columns); panels > 0; --panels) {
+      const int64_t here = ceil_div(vectors, panels);
+      f(j, min(here * w, n1 - j), here);
+      vectors -= here, j += here * w;
     }
   }
 
@@ -186,7 +210,9 @@ struct Product {
   void prepare_b(int64_t r, int64_t block) {
     const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
     // In place: whole vectors, no conversion, and little enough to stay in cache or too few strips for packing to pay.
-    const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 96 << 10;
+    // Panels that are interleaved in memory are read slower than packed ones.
+    const bool little =
+        depth * p.b.row * int64_t(sizeof(U)) <= 96 << 10 && (n1 - n0 <= panel_columns || by_columns(p));
     const bool in_place = same_type && per_unit<U> == 1 && p.b.col == 1 && p.b.row != 0 && (n1 - n0) % w == 0;
     if (in_place && (little || m1 - m0 <= 3 * strip_rows)) {
       b_data = reinterpret_cast<const U*>(src), b_ld = p.b.row;
@@ -200,12 +226,19 @@ struct Product {
       U* dst = packed + kb * k_step * padded_columns();
       const T* from = src + kb * k_step * per_unit<U> * p.b.row;
       const int64_t have = ceil_div(block_elements(kb), per_unit<U>), want = block_units(kb);
-      for (int64_t j = 0; j < n1 - n0; j += panel_columns) {
-        const int64_t columns = min(panel_columns, n1 - n0 - j), width = ceil_div(columns, w) * w;
-        U* panel = dst + want * j;
-        pack_panel(from + j * p.b.col, p.b.row, p.b.col, block_elements(kb), columns, panel, width);
-        __builtin_memset(panel + have * width, 0, size_t((want - have) * width) * sizeof(U));
+      // Rows of B that are contiguous are read to their end, whole panels taking their part of each.
+      const int64_t rows = per_unit<U> == 1 && p.b.col == 1 ? 8 : block_elements(kb);
+      for (int64_t k0 = 0; k0 < block_elements(kb); k0 += rows) {
+        each_panel([&](int64_t j, int64_t columns, int64_t vectors) {
+          const int64_t width = vectors * w;
+          pack_panel(from + k0 * p.b.row + (j - n0) * p.b.col, p.b.row, p.b.col, min(rows, block_elements(kb) - k0),
+                     columns, dst + want * (j - n0) + k0 * width, width);
+        });
       }
+      each_panel([&](int64_t j, int64_t, int64_t vectors) {
+        const int64_t width = vectors * w;
+        __builtin_memset(dst + want * (j - n0) + have * width, 0, size_t((want - have) * width) * sizeof(U));
+      });
     }
   }
 

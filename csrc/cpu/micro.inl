@@ -1,11 +1,12 @@
 // The microkernels: a [rows, vectors * lanes] tile of C stays in registers over one block of k.
 
+// Most rows of a tile of so many vectors: the accumulators, a row of B and one element of A fill the registers.  Wide
+// tiles take the fewest instructions per product, which is what counts beside a busy sibling thread.
 #if EFFENS_REGISTERS == 32
-constexpr int max_rows = 14;
+constexpr int max_vectors = 4, most_rows[max_vectors] = {14, 14, 8, 6};
 #else
-constexpr int max_rows = 6;
+constexpr int max_vectors = 2, most_rows[max_vectors] = {6, 6};
 #endif
-constexpr int max_vectors = 2;
 
 template <class U>
 struct AccumulatorOf {
@@ -30,10 +31,19 @@ EFFENS_INLINE void multiply_add(vec<Accumulator<U>>& sum, U a, vec<U> b) {
   }
 }
 
-// C[i, j] (+)= sum_k A[i, k] B[k, j] for `rows` rows; C has at least vectors * lanes columns.
+// What becomes of the sums as they leave the registers.
+template <class C>
+struct Finish {
+  const C* bias = nullptr;  // added, one per column
+  bool relu = false;
+};
+
+// C[i, j] = finish(from[i, j] + sum_k A[i, k] B[k, j]) for `rows` rows and all of vectors * lanes columns; `from` may
+// be null.
 template <class U, int rows, int vectors, bool by_rows>
 static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __restrict b, int64_t ldb,
-                  Accumulator<U>* __restrict c, int64_t ldc, bool accumulate) {
+                  const Accumulator<U>* from, int64_t ld_from, Accumulator<U>* c, int64_t ldc,
+                  const Finish<Accumulator<U>>& finish) {
   using C = Accumulator<U>;
   constexpr int w = lanes<C>;
   vec<C> sum[rows][vectors] = {};
@@ -42,15 +52,15 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
   for (int i = 0; i < rows; ++i) row[i] = by_rows ? a + i * stride : a + i;
   auto step = [&](int64_t at) __attribute__((always_inline)) {
     vec<U> column[vectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) __builtin_memcpy(&column[j], b + j * w, sizeof(column[j]));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) __builtin_prefetch(b + 8 * ldb + j * w);  // panels stream from L2
     b += ldb;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const U value = by_rows ? row[i][at] : a[i];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) multiply_add<U>(sum[i][j], value, column[j]);
     }
     if (!by_rows) a += stride;
@@ -59,39 +69,55 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
   if (by_rows)
     for (; at + 4 <= k; at += 4) step(at), step(at + 1), step(at + 2), step(at + 3);
   for (; at < k; ++at) step(at);
+  auto each = [&](auto f) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < vectors; ++j) {
-      C* to = c + i * ldc + j * w;
-      if (accumulate) sum[i][j] += load(to);
-      store(to, sum[i][j]);
-    }
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) f(sum[i][j], i, j);
+  };
+  if (from) each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) { v += load(from + i * ld_from + j * w); });
+  if (finish.bias) {
+    vec<C> bias[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) bias[j] = load(finish.bias + j * w);
+    each([&](vec<C>& v, int, int j) __attribute__((always_inline)) { v += bias[j]; });
+  }
+  if (finish.relu)
+    each([](vec<C>& v, int, int) __attribute__((always_inline)) { v = activate<C>(Activation::relu, v); });
+  each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) { store(c + i * ldc + j * w, v); });
 }
 
 template <class U>
-using Micro = void (*)(int64_t, const U*, int64_t, const U*, int64_t, Accumulator<U>*, int64_t, bool);
+using Micro = void (*)(int64_t, const U*, int64_t, const U*, int64_t, const Accumulator<U>*, int64_t, Accumulator<U>*,
+                       int64_t, const Finish<Accumulator<U>>&);
 
-template <class U, bool by_rows, int... i>
-EFFENS_INLINE Micro<U> choose_micro(int64_t rows, int64_t vectors, std::integer_sequence<int, i...>) {
-  static constexpr Micro<U> table[max_vectors][max_rows] = {{micro<U, i + 1, 1, by_rows>...},
-                                                            {micro<U, i + 1, 2, by_rows>...}};
-  return table[vectors - 1][rows - 1];
+template <class U, int vectors, bool by_rows, int... i>
+static Micro<U> choose_micro(int64_t rows, std::integer_sequence<int, i...>) {
+  static constexpr Micro<U> table[] = {micro<U, i + 1, vectors, by_rows>...};
+  return table[rows - 1];
+}
+
+template <class U, bool by_rows, int vectors = max_vectors>
+EFFENS_INLINE Micro<U> choose_micro(int64_t rows, int64_t columns) {
+  if constexpr (vectors > 1)
+    if (columns < vectors) return choose_micro<U, by_rows, vectors - 1>(rows, columns);
+  return choose_micro<U, vectors, by_rows>(rows, std::make_integer_sequence<int, most_rows[vectors - 1]>{});
 }
 
 template <class U>
 struct RegisterTiles {
-  static constexpr int rows = max_rows, columns = max_vectors * lanes<U>;
+  static constexpr int most_vectors = max_vectors;
   static constexpr bool whole_tiles = false;
   static constexpr int64_t unit_multiple = 1, k_block = 384;
+
+  static constexpr int64_t rows(int64_t vectors) { return most_rows[vectors - 1]; }
 
   struct Session {};  // nothing to set up
 
   static void multiply(int64_t k, int64_t rows, int64_t vectors, const Strip<U>& a, const U* b, int64_t ldb,
-                       Accumulator<U>* c, int64_t ldc, bool accumulate) {
-    using Rows = std::make_integer_sequence<int, max_rows>;
-    const Micro<U> kernel =
-        a.by_rows ? choose_micro<U, true>(rows, vectors, Rows{}) : choose_micro<U, false>(rows, vectors, Rows{});
-    kernel(k, a.data, a.by_rows ? a.row : a.col, b, ldb, c, ldc, accumulate);
+                       const Accumulator<U>* from, int64_t ld_from, Accumulator<U>* c, int64_t ldc,
+                       const Finish<Accumulator<U>>& finish = {}) {
+    const Micro<U> kernel = a.by_rows ? choose_micro<U, true>(rows, vectors) : choose_micro<U, false>(rows, vectors);
+    kernel(k, a.data, a.by_rows ? a.row : a.col, b, ldb, from, ld_from, c, ldc, finish);
   }
 };
