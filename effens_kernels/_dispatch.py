@@ -31,6 +31,7 @@ _ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
+    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},  # triton: layer by layer
 }
 
 

@@ -24,23 +24,6 @@ Sizes check(const char* op, const Tensor& x, const Tensor& weight) {
   return s;
 }
 
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
-                std::initializer_list<int64_t> sizes) {
-  bool same = t.dim() == int64_t(sizes.size()) && t.is_cpu() && dtype_code(t) == dtype_code(x);
-  int64_t d = 0;
-  for (int64_t size : sizes) same = same && t.size(d++) == size;
-  STD_TORCH_CHECK(same, op, ": ", name, " does not fit x and weight in sizes, dtype or device");
-}
-
-Activation activation_of(const char* op, int64_t code) {
-  STD_TORCH_CHECK(code >= 0 && code <= int64_t(Activation::tanh), op, ": unknown activation code ", code);
-  return Activation(code);
-}
-
-Output output_of(const Tensor& t) {
-  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
 std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
                                               int64_t activation, bool save_preactivation) {
   const char* op = "grouped_linear_fwd";
@@ -58,8 +41,7 @@ std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& wei
   p.activation = activation_of(op, activation);
   if (bias) {
     check_like(op, "bias", *bias, x, {s.members, s.outputs});
-    b = bias->stride(1) == 1 || s.outputs <= 1 ? *bias : torch::stable::contiguous(*bias);
-    p.bias = b.const_data_ptr(), p.bias_batch = b.stride(0);
+    set_bias(p, b, *bias);
   }
   run<1>({p});
   return {y, z};
@@ -69,9 +51,7 @@ std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& wei
 // scratch.
 void run_both(Gemm dgrad, Gemm wgrad, const Sizes& s) {
   constexpr int64_t fits = 1 << 20;
-  const int64_t element = dgrad.dtype == DType::f64 ? 8 : dgrad.dtype == DType::f32 ? 4 : 2;
-  // Rows an odd number of cache lines apart do not crowd few sets of the L1 cache.
-  const int64_t line = 64 / element, ld = ((s.outputs + line - 1) / line | 1) * line;
+  const int64_t element = bytes_of(dgrad.dtype), ld = spread(s.outputs, element);
   const bool once = dgrad.slope != Activation::none && s.inputs > 0 && s.batch * ld * element <= fits;
   if (!once) return run<2>({dgrad, wgrad});
   const Gemm operand = wgrad;

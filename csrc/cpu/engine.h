@@ -2,6 +2,8 @@
 //
 //   C[g] = act( sum_r A'[g, r] B[g, r] + bias[g] ),   A' = A * act'(saved)
 //
+// or, to go on backwards, C[g] = (the sum) * act'(kept[g]).
+//
 // Every linear op of the package is one or two of these (docs/architecture.md).  A product is cut into independent
 // tasks whose results do not depend on how many threads run them.
 #pragma once
@@ -39,6 +41,8 @@ struct Gemm {
   Activation activation = Activation::none;
   const void* bias = nullptr;  // optional, [n] per g
   int64_t bias_batch = 0;
+  Activation c_slope = Activation::none;  // where activation is none: the result times c_slope(kept), of C's shape
+  Output kept;
   void* row_sums = nullptr;  // optional: sum of A' over k (and r), [m] per g: the bias gradient
   int64_t row_sums_batch = 0;
 };
@@ -73,7 +77,7 @@ bool set_engine(const char* name);
 const Engine* const* engines();
 
 // Per-thread memory that grows and is kept; `slot` < scratch_slots.
-constexpr int scratch_slots = 6, slot_shared_operand = 5;  // the engine itself uses 0 to 4
+constexpr int scratch_slots = 7, slot_shared_operand = 5;  // the engine itself uses 0 to 4
 void* scratch(int slot, size_t bytes);
 
 }  // namespace effens::cpu

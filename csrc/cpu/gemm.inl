@@ -100,7 +100,8 @@ struct Product {
         k_blocks(max<int64_t>(1, ceil_div(units, k_block))),
         k_step(max<int64_t>(1, ceil_div(ceil_div(units, k_blocks), Tiles::unit_multiple) * Tiles::unit_multiple)),
         direct(sizeof(T) == sizeof(C) && !p.preactivation.data && p.c.col == 1 && !Tiles::whole_tiles &&
-               (p.activation == Activation::none || p.activation == Activation::relu)),
+               (p.activation == Activation::none || p.activation == Activation::relu) &&
+               (p.c_slope == Activation::none || (p.c_slope == Activation::relu && p.kept.col == 1))),
         blocks_first(per_unit<U> == 1 && by_columns(p) && depth > 0 && !(same_type && lies_well())) {
     const int64_t partial_rows = strip_rows + (reduces > 1 || blocks_first ? cut.row_block : 0);
     region = static_cast<C*>(scratch(slot_region, size_t(partial_rows * cut.col_block) * sizeof(C)));
@@ -178,7 +179,8 @@ struct Product {
       const int64_t ld = whole ? panel_columns : cut.col_block;
       if (final && direct && columns == vectors * w) {
         const C* bias = p.bias ? static_cast<const C*>(p.bias) + g * p.bias_batch + j : nullptr;
-        const Finish<C> finish = {bias, p.activation == Activation::relu};
+        const C* kept = p.c_slope == Activation::none ? nullptr : reinterpret_cast<const C*>(output(p.kept, i, j));
+        const Finish<C> finish = {bias, p.activation == Activation::relu, kept, p.kept.row};
         C* out = reinterpret_cast<C*>(output(p.c, i, j));
         Tiles::multiply(k, rows, vectors, a, panel, ldb, whole ? nullptr : to, ld, out, p.c.row, finish);
       } else {
@@ -354,8 +356,14 @@ struct Product {
     by_vectors<C>(columns, [&](int64_t l, auto some) __attribute__((always_inline)) {
       const vec<C> add = bias ? load(bias + l, some) : vec<C>{};
       if (p.preactivation.data)
-        write(p.preactivation, i, j + l, rows, some, from + l, ld, [&](vec<C> sum) { return sum + add; });
-      write(p.c, i, j + l, rows, some, from + l, ld, [&](vec<C> sum) { return activate<C>(activation, sum + add); });
+        write(p.preactivation, i, j + l, rows, some, from + l, ld, [&](int64_t, vec<C> sum) { return sum + add; });
+      write(p.c, i, j + l, rows, some, from + l, ld, [&](int64_t r, vec<C> sum) {
+        const vec<C> v = activate<C>(activation, sum + add);
+        if constexpr (activation == Activation::none)
+          if (p.c_slope != Activation::none)
+            return backpropagate<C>(p.c_slope, v, load(output(p.kept, i + r, j + l), some, p.kept.col));
+        return v;
+      });
     });
   }
 
@@ -366,13 +374,13 @@ struct Product {
     T* to = output(output_, i, j);
     const int64_t row = output_.row, col = output_.col;
     if (col == 1) {
-      for (int64_t r = 0; r < rows; ++r) store(to + r * row, value(load(from + r * ld)), some);
+      for (int64_t r = 0; r < rows; ++r) store(to + r * row, value(r, load(from + r * ld)), some);
     } else {
       int64_t n = w;
       if constexpr (sizeof(some) > 1) n = some.n;
       for (int64_t r = 0; r < rows; ++r) {
         T few[w];
-        store(few, value(load(from + r * ld)));
+        store(few, value(r, load(from + r * ld)));
         for (int64_t l = 0; l < n; ++l) to[r * row + l * col] = few[l];
       }
     }

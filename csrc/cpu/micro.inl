@@ -36,6 +36,8 @@ template <class C>
 struct Finish {
   const C* bias = nullptr;  // added, one per column
   bool relu = false;
+  const C* kept = nullptr;  // where it is not above 0, the result is 0: relu backwards
+  int64_t ld_kept = 0;
 };
 
 // C[i, j] = finish(from[i, j] + sum_k A[i, k] B[k, j]) for `rows` rows and all of vectors * lanes columns; `from` may
@@ -84,6 +86,10 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
   }
   if (finish.relu)
     each([](vec<C>& v, int, int) __attribute__((always_inline)) { v = activate<C>(Activation::relu, v); });
+  if (finish.kept)
+    each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) {
+      v = backpropagate<C>(Activation::relu, v, load(finish.kept + i * finish.ld_kept + j * w));
+    });
   each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) { store(c + i * ldc + j * w, v); });
 }
 

@@ -18,6 +18,39 @@ inline DType dtype_of(const Tensor& t, const char* op) {
   STD_TORCH_CHECK(false, op, ": the CPU engine takes float32, float64, bfloat16 and float16");
 }
 
+inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                std::initializer_list<int64_t> sizes) {
+  bool same = t.dim() == int64_t(sizes.size()) && t.is_cpu() && dtype_code(t) == dtype_code(x);
+  int64_t d = 0;
+  for (int64_t size : sizes) same = same && t.size(d++) == size;
+  STD_TORCH_CHECK(same, op, ": ", name, " does not fit x and weight in sizes, dtype or device");
+}
+
+inline Activation activation_of(const char* op, int64_t code) {
+  STD_TORCH_CHECK(code >= 0 && code <= int64_t(Activation::tanh), op, ": unknown activation code ", code);
+  return Activation(code);
+}
+
+inline Output output_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// A bias [E, O] whose members are contiguous, which the engine asks for; `keep` holds it.
+inline void set_bias(Gemm& p, Tensor& keep, const Tensor& bias) {
+  keep = bias.stride(1) == 1 || bias.size(1) <= 1 ? bias : torch::stable::contiguous(bias);
+  p.bias = keep.const_data_ptr(), p.bias_batch = keep.stride(0);
+}
+
+inline int64_t bytes_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
+
+// Rows an odd number of cache lines apart do not crowd few sets of the L1 cache.
+inline int64_t spread(int64_t columns, int64_t element_bytes) {
+  const int64_t line = 64 / element_bytes;
+  return ((columns + line - 1) / line | 1) * line;
+}
+
 // [E, rows, cols], or [rows, cols] shared by all members.
 struct Matrices {
   const void* data;

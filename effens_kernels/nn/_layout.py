@@ -23,6 +23,12 @@ def checked_activation(layer: str, activation: str | None) -> str | None:
     return activation
 
 
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """`getattr(module, name)` without its detours where it is an ordinary parameter."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
+
+
 def members_first(layer: str, x: Tensor, num_members: int, batch_first: bool) -> Tensor:
     """The layer's input as the ops take it: [B, I] as it is, [B, E, I] as a [E, B, I] view."""
     if not isinstance(x, Tensor):

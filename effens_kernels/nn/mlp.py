@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ._layout import checked_activation, members_first, one_member, positive
+from ..ops import ensemble_mlp
+from ._layout import checked_activation, members_first, one_member, parameter, positive
 from .linear import EnsembleLinear
 
 
@@ -21,6 +22,7 @@ class EnsembleMLP(nn.Module):
         out_features: O.
         num_members: E.
         activation: after each hidden layer; None, "relu", "gelu", "silu" or "tanh".
+        out_activation: after the last layer; the same choice.
         bias, device, dtype: as in `torch.nn.Linear`.
         batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
 
@@ -42,6 +44,7 @@ class EnsembleMLP(nn.Module):
         num_members: int,
         *,
         activation: str | None = "relu",
+        out_activation: str | None = None,
         bias: bool = True,
         batch_first: bool = False,
         device: torch.device | str | None = None,
@@ -51,11 +54,12 @@ class EnsembleMLP(nn.Module):
         positive("EnsembleMLP", num_members=num_members)
         self.num_members, self.batch_first = num_members, batch_first
         self.activation = checked_activation("EnsembleMLP", activation)
+        self.out_activation = checked_activation("EnsembleMLP", out_activation)
         widths = (in_features, *hidden_features, out_features)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
             EnsembleLinear(
-                i, o, num_members, bias, activation=activation if n < last else None, device=device, dtype=dtype
+                i, o, num_members, bias, activation=activation if n < last else out_activation, device=device, dtype=dtype
             )
             for n, (i, o) in enumerate(pairwise(widths))
         )
@@ -65,14 +69,16 @@ class EnsembleMLP(nn.Module):
             layer.reset_parameters()
 
     def forward(self, input: Tensor, member: int | None = None) -> Tensor:
+        layers = self.layers._modules.values()
         if member is not None:
             one_member("EnsembleMLP", input, member, self.num_members)
-            x = input
-        else:
-            x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
-        for layer in self.layers:
-            x = layer(x, member)
-        return x.transpose(0, 1) if self.batch_first and member is None else x
+            for layer in layers:
+                input = layer(input, member)
+            return input
+        x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
+        weights, biases = [parameter(m, "weight") for m in layers], [parameter(m, "bias") for m in layers]
+        x = ensemble_mlp(x, weights, biases, activation=self.activation, out_activation=self.out_activation)
+        return x.transpose(0, 1) if self.batch_first else x
 
     def extra_repr(self) -> str:
         return f"num_members={self.num_members}" + (", batch_first=True" if self.batch_first else "")

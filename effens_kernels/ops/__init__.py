@@ -1,6 +1,7 @@
 """One folder an op: the public function with its checks, the plain-PyTorch reference, the kernels, the derivatives."""
 
+from .ensemble_mlp import ensemble_mlp
 from .grouped_linear import grouped_linear
 from .multihead_linear import multihead_linear
 
-__all__ = ["grouped_linear", "multihead_linear"]
+__all__ = ["ensemble_mlp", "grouped_linear", "multihead_linear"]

@@ -40,10 +40,10 @@ def check_alike(op: str, first: str, a: Tensor, argument: str, b: Tensor) -> Non
         reject(op, argument, f"on {a.device} like {first}", describe(b))
 
 
-def check_activation(op: str, activation: object) -> None:
+def check_activation(op: str, activation: object, argument: str = "activation") -> None:
     if activation is not None and (not isinstance(activation, str) or activation not in ACTIVATIONS):
         choices = ", ".join(repr(name) for name in ACTIVATIONS)
-        reject(op, "activation", f"one of {choices}", repr(activation))
+        reject(op, argument, f"one of {choices}", repr(activation))
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -63,7 +63,7 @@ def register_derivative(op: torch._ops.OpOverload, setup_context: Callable, back
     LIBRARY.impl(op._schema.name.removeprefix("effens_kernels::"), run, "Autograd", with_keyset=True)
 
 
-def is_plain_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def is_plain_eager(*tensors: Tensor | None) -> bool:
     """True where nothing needs to see the op, so that the short route is exact."""
     if (
         torch.compiler.is_compiling()
@@ -72,12 +72,10 @@ def is_plain_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    return (
-        type(x) in _PLAIN_TYPES
-        and type(weight) in _PLAIN_TYPES
-        and (bias is None or type(bias) in _PLAIN_TYPES)
-        and not x.is_meta
-    )
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN_TYPES:
+            return False
+    return not tensors[0].is_meta
 
 
 def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -29,10 +29,15 @@ def kernels(backend: str) -> ModuleType:
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
+    if is_plain_eager(x, weight, bias):
+        return apply_plain(x, weight, bias, activation, backend)
     grad = needs_grad(x, weight, bias)
-    if not is_plain_eager(x, weight, bias):
-        return fwd_op(x, weight, bias, activation, grad and saves_preactivation(activation), backend)[0]
-    if grad:
+    return fwd_op(x, weight, bias, activation, grad and saves_preactivation(activation), backend)[0]
+
+
+def apply_plain(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str) -> Tensor:
+    """On plain tensors (see `is_plain_eager`)."""
+    if needs_grad(x, weight, bias):
         outputs = GroupedLinear.apply(x, weight, bias, activation, backend)
         return outputs[0] if saves_preactivation(activation) else outputs
     return kernels(backend).fwd(x, weight, bias, activation, False)[0]

@@ -1,0 +1,126 @@
+"""ensemble_mlp: one multilayer perceptron per ensemble member, all layers of all members in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ... import _dispatch
+from .._checks import autocast, check_activation, check_alike, check_tensor, reject
+from .._registration import is_plain_eager
+from . import autograd, reference
+
+__all__ = ["ensemble_mlp"]
+
+
+def ensemble_mlp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activation: str | None = "relu",
+    out_activation: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Apply one multilayer perceptron per ensemble member.
+
+    .. math:: h_{e,0} = x_e, \quad h_{e,l} = \mathrm{act}(h_{e,l-1} W_{e,l}^\top + b_{e,l}), \quad l = 1 \dots L
+
+    a chain of :func:`grouped_linear`, with the same values, that keeps what one layer hands to the next in cache and
+    enters PyTorch's autograd once (deep ensembles: Lakshminarayanan et al. 2017, section 2.4).
+
+    Args:
+        x: `[B, I]`, the same rows for every member, or `[E, B, I]`.
+        weights: one `[E, O, I]` per layer, the O of each being the I of the next.
+        biases: one `[E, O]` or None per layer; None for no biases at all.
+        activation: after each layer but the last; None, "relu", "gelu" (exact), "silu" or "tanh".
+        out_activation: after the last layer; the same choice.
+        backend: None (automatic), "reference", "cpu", "triton" or "cuda"; a named backend never falls back.
+
+    Returns:
+        `[E, B, O]` of the last layer, in the dtype of `x` (under autocast: its dtype).
+
+    Strides, dtypes, empty sizes and derivatives of any order are as for :func:`grouped_linear`.  Kept for backward:
+    `x`, the parameters, each hidden layer's output, and where the activation needs it (gelu, silu) its pre-activation.
+
+    Raises:
+        TypeError: an argument is no tensor or no sequence, or of an unsupported or differing dtype.
+        ValueError: no layer; sizes do not chain; members or devices differ; unknown activation or backend.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> weights = [torch.randn(5, 64, 8), torch.randn(5, 3, 64)]   # 5 members, 8-64-3
+        >>> biases = [torch.zeros(5, 64), torch.zeros(5, 3)]
+        >>> ek.ensemble_mlp(torch.randn(32, 8), weights, biases).shape
+        torch.Size([5, 32, 3])
+    """
+    check_sequences(weights, biases)
+    depth = len(weights)
+    biases = [None] * depth if biases is None else biases
+    x, *parameters = autocast(x, *weights, *biases)
+    weights, biases = parameters[:depth], parameters[depth:]
+    arguments = x, weights, biases, activation, out_activation
+    if is_plain_eager(x, *parameters):
+        try:
+            if _choose(x, backend) == "cpu":
+                return autograd.apply_plain(*arguments)
+        except Exception:  # the kernel checks for itself; if the arguments are at fault, these words are better
+            check(*arguments)
+            raise
+    check(*arguments)
+    chosen = _choose(x, backend)
+    if chosen == "reference":
+        return reference.ensemble_mlp(*arguments)
+    return autograd.chain(*arguments, chosen)
+
+
+def _choose(x: Tensor, backend: str | None) -> str:
+    return _dispatch.select(_dispatch.Problem("ensemble_mlp", x.device.type, x.dtype), backend)
+
+
+def check_sequences(weights: object, biases: object) -> None:
+    op = "ensemble_mlp"
+    if not isinstance(weights, Sequence):
+        reject(op, "weights", "a sequence of tensors, one per layer", weights, TypeError)
+    if len(weights) == 0:
+        reject(op, "weights", "at least one layer", "none")
+    if biases is not None:
+        if not isinstance(biases, Sequence):
+            reject(op, "biases", "None or a sequence of tensors or None, one per layer", biases, TypeError)
+        if len(biases) != len(weights):
+            reject(op, "biases", f"{len(weights)}, one per weight", str(len(biases)))
+
+
+def check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | None,
+    out_activation: str | None,
+) -> None:
+    op = "ensemble_mlp"
+    check_tensor(op, "x", x)
+    if x.dim() not in (2, 3):
+        reject(op, "x", "[B, I] or [E, B, I]", x)
+    width, members, before = x.shape[-1], x.shape[0] if x.dim() == 3 else None, f"x {list(x.shape)}"
+    for n, (weight, bias) in enumerate(zip(weights, biases)):
+        name = f"weights[{n}]"
+        check_tensor(op, name, weight)
+        check_alike(op, "x", x, name, weight)
+        if weight.dim() != 3:
+            reject(op, name, "[E, O, I]", weight)
+        sizes = weight.shape
+        if sizes[2] != width:
+            reject(op, name, f"[E, O, I={width}] to follow {before}", weight)
+        if members is not None and sizes[0] != members:
+            reject(op, name, f"[E={members}, O, I] as {before}", weight)
+        members, width, before = sizes[0], sizes[1], f"{name} {list(sizes)}"
+        if bias is not None:
+            name = f"biases[{n}]"
+            check_tensor(op, name, bias)
+            check_alike(op, "x", x, name, bias)
+            if bias.dim() != 2 or bias.shape[0] != members or bias.shape[1] != width:
+                reject(op, name, f"[E={members}, O={width}]", bias)
+    check_activation(op, activation)
+    check_activation(op, out_activation, "out_activation")

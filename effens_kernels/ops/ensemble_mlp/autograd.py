@@ -1,0 +1,92 @@
+"""ensemble_mlp's derivatives.
+
+Plain eager tensors whose parameters all need gradients take one autograd node over the engine's whole-model forward
+and backward.  Everything else (torch.compile, torch.func, frozen layers, second derivatives, other backends) is the
+chain of grouped_linear, which carries the registered rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._activations import ACTIVATIONS
+from .._registration import is_plain_eager
+from ..grouped_linear import autograd as grouped
+from . import native
+
+
+def apply_plain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | None,
+    out_activation: str | None,
+) -> Tensor:
+    """On plain CPU tensors (see `is_plain_eager`)."""
+    if torch.is_grad_enabled():
+        trained = [p.requires_grad for p in (*weights, *biases) if p is not None]
+        if all(trained):
+            return EnsembleMLP.apply(x, activation, out_activation, len(weights), *weights, *biases)
+        if x.requires_grad or any(trained):
+            return chain(x, weights, biases, activation, out_activation, "cpu")
+    return native.fwd(x, weights, biases, activation, out_activation, False)[0]
+
+
+def chain(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | None,
+    out_activation: str | None,
+    backend: str,
+) -> Tensor:
+    last = len(weights) - 1
+    for n, (weight, bias) in enumerate(zip(weights, biases)):
+        x = grouped.apply(x, weight, bias, out_activation if n == last else activation, backend)
+    return x
+
+
+class EnsembleMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, activation, out_activation, depth, *parameters):
+        y, hidden = native.fwd(x, parameters[:depth], parameters[depth:], activation, out_activation, True)
+        if ACTIVATIONS[out_activation].saves == "output":
+            ctx.save_for_backward(x, hidden, *parameters, y)
+        else:
+            ctx.save_for_backward(x, hidden, *parameters)
+        ctx.set_materialize_grads(False)
+        ctx.options = activation, out_activation
+        ctx.depth = depth
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        depth = ctx.depth
+        if grad is None:
+            return (None,) * (4 + 2 * depth)
+        x, hidden, *rest = ctx.saved_tensors
+        weights, biases = rest[:depth], rest[depth : 2 * depth]
+        need_x = ctx.needs_input_grad[0]
+        if torch.is_grad_enabled() or not is_plain_eager(grad):
+            return _differentiable(ctx, grad, x, weights, biases)
+        y = rest[2 * depth] if len(rest) > 2 * depth else grad  # without an activation it is not read
+        dx, *grads = native.bwd(grad, x, weights, y, hidden, *ctx.options, need_x)
+        for n, bias in enumerate(biases, depth):
+            if bias is None:
+                grads[n] = None
+        return dx if need_x else None, None, None, None, *grads
+
+
+def _differentiable(ctx, grad, x, weights, biases):
+    """The same gradients as a graph of their own: through the chain, whose derivatives are ops."""
+    need_x = ctx.needs_input_grad[0]
+    with torch.enable_grad():
+        y = chain(x, weights, biases, *ctx.options, "cpu")
+    inputs = [x] * need_x + weights + [b for b in biases if b is not None]
+    grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    dx = next(grads) if need_x else None
+    dweights = [next(grads) for _ in weights]
+    return dx, None, None, None, *dweights, *(None if b is None else next(grads) for b in biases)
