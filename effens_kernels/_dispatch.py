@@ -85,6 +85,15 @@ def why_not(backend: str, problem: Problem) -> str | None:
     return why_not_here(backend)
 
 
+@cache
+def selects(backend: str, op: str, dtype: torch.dtype, requested: str | None) -> bool:
+    """Whether `select` gives `backend` for tensors on its own device; for the short routes, which ask at every call."""
+    try:
+        return select(Problem(op, "cpu" if backend == "cpu" else "cuda", dtype), requested) == backend
+    except ValueError:
+        return False
+
+
 def select(problem: Problem, requested: str | None = None) -> str:
     """The backend that runs `problem`: the requested one, else EFFENS_BACKEND, else the first preference that can."""
     requested = _env.BACKEND if requested is None else requested

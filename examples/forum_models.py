@@ -75,20 +75,16 @@ class Ensemble2(nn.Module):
 
 
 class FastEnsemble1(nn.Module):
-    """Ensemble1; all heads of all members are one product, so no member's features are sliced out."""
+    """Ensemble1; the trunk is an ensemble of one, and all heads of all members are one product: nothing is sliced out."""
 
     def __init__(self, state_dim: int, hidden_dim: int, num_actions: int, num_heads: int, ensemble_size: int) -> None:
         super().__init__()
-        self.input_layer = nn.Linear(state_dim, hidden_dim)
-        self.h1 = nn.Linear(hidden_dim, hidden_dim)
-        self.h2 = nn.Linear(hidden_dim, hidden_dim)
+        self.trunk = ek.nn.EnsembleMLP(state_dim, [hidden_dim] * 2, hidden_dim, num_members=1, out_activation="relu")
         self.heads = ek.nn.MultiHeadLinear(hidden_dim, num_actions, num_heads, ensemble_size, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.input_layer(x))
-        x = torch.relu(self.h1(x))
-        x = torch.relu(self.h2(x))
-        return self.heads(x)
+        features = self.trunk(x.flatten(0, 1)).unflatten(1, x.shape[:2]).squeeze(0)
+        return self.heads(features)
 
 
 class FastEnsemble2(nn.Module):
@@ -120,8 +116,8 @@ def stacked(model: Ensemble1 | Ensemble2, read: Callable[[Tensor], Tensor] = Ten
             return read(getattr(layer, name))
 
         if isinstance(model, Ensemble1):
-            for layer in ("input_layer", "h1", "h2"):
-                result[f"{layer}.{name}"] = get(getattr(model, layer))
+            for n, layer in enumerate(("input_layer", "h1", "h2")):
+                result[f"trunk.layers.{n}.{name}"] = get(getattr(model, layer)).unsqueeze(0)
             result[f"heads.{name}"] = torch.stack(
                 [torch.stack([get(head) for head in heads]) for heads in model.ensemble]
             )

@@ -104,8 +104,8 @@ def baddbmm(problem: Problem) -> Contestant:
 
 
 def _trunk(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-    for layer in ("input_layer", "h1", "h2"):
-        x = torch.relu(F.linear(x, p[f"{layer}.weight"], p[f"{layer}.bias"]))
+    for n in range(3):
+        x = torch.relu(F.linear(x, p[f"trunk.layers.{n}.weight"][0], p[f"trunk.layers.{n}.bias"][0]))
     return x
 
 

@@ -79,13 +79,15 @@ struct Product {
   const int64_t panel_columns, strip_rows;                // of the largest tile
   const int64_t reduces, depth, units, k_blocks, k_step;  // summands, k and its blocks; none of them 0
   const bool direct;                                      // C takes the sums from the registers
-  const bool blocks_first;                                // A lies by columns and is packed
+  const bool a_in_place;
+  const bool blocks_first;  // A lies by columns and is packed
   C *region, *tile, *sums;
   U *packed, *strip;
   T* transformed;
   int64_t packed_g = -1, packed_block = -1;
   // the current task
   int64_t g = 0, m0 = 0, m1 = 0, n0 = 0, n1 = 0;
+  int64_t panels_least = 0, panels_larger = 0;  // vectors of a panel, and how many panels have one more
   const U* b_data = nullptr;
   int64_t b_ld = 0;
 
@@ -102,7 +104,8 @@ struct Product {
         direct(sizeof(T) == sizeof(C) && !p.preactivation.data && p.c.col == 1 && !Tiles::whole_tiles &&
                (p.activation == Activation::none || p.activation == Activation::relu) &&
                (p.c_slope == Activation::none || (p.c_slope == Activation::relu && p.kept.col == 1))),
-        blocks_first(per_unit<U> == 1 && by_columns(p) && depth > 0 && !(same_type && lies_well())) {
+        a_in_place(same_type && per_unit<U> == 1 && (p.a.row == 1 || p.a.col == 1) && lies_well()),
+        blocks_first(per_unit<U> == 1 && by_columns(p) && depth > 0 && !a_in_place) {
     const int64_t partial_rows = strip_rows + (reduces > 1 || blocks_first ? cut.row_block : 0);
     region = static_cast<C*>(scratch(slot_region, size_t(partial_rows * cut.col_block) * sizeof(C)));
     packed = static_cast<U*>(scratch(slot_b, size_t(units * cut.col_block + 1) * sizeof(U)));
@@ -130,6 +133,8 @@ struct Product {
     const int64_t block = task % cut.tasks() / cut.row_blocks, part = task % cut.row_blocks;
     n0 = block * cut.col_block, n1 = min(p.n, n0 + cut.col_block);
     m0 = part * cut.row_block, m1 = min(p.m, m0 + cut.row_block);
+    const int64_t panels = max<int64_t>(1, ceil_div(n1 - n0, panel_columns)), vectors = ceil_div(n1 - n0, w);
+    panels_least = vectors / panels, panels_larger = vectors % panels;
     const bool want_sums = p.row_sums && n0 == 0;
     if (want_sums) __builtin_memset(sums, 0, size_t(m1 - m0) * sizeof(C));
     C* sum = want_sums ? sums : nullptr;
@@ -158,12 +163,11 @@ struct Product {
   // Strips of nearly equal height; whole tiles first where the microkernel writes only those.
   template <class F>
   __attribute__((always_inline)) void each_strip(F f) const {
-    const int64_t strips = ceil_div(m1 - m0, strip_rows);
-    int64_t i = m0;
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t rows = Tiles::whole_tiles ? min(strip_rows, m1 - i) : ceil_div(m1 - i, strips - s);
+    const int64_t strips = ceil_div(m1 - m0, strip_rows), least = strips ? (m1 - m0) / strips : 0;
+    int64_t larger = m1 - m0 - strips * least;
+    for (int64_t i = m0, rows; i < m1; i += rows) {
+      rows = Tiles::whole_tiles ? min(strip_rows, m1 - i) : least + (larger-- > 0);
       f(i, rows);
-      i += rows;
     }
   }
 
@@ -177,10 +181,10 @@ struct Product {
       const int64_t ldb = b_ld ? b_ld : vectors * w;
       C* to = whole ? tile : partial + (j - n0);
       const int64_t ld = whole ? panel_columns : cut.col_block;
-      if (final && direct && columns == vectors * w) {
+      if (final && direct) {
         const C* bias = p.bias ? static_cast<const C*>(p.bias) + g * p.bias_batch + j : nullptr;
         const C* kept = p.c_slope == Activation::none ? nullptr : reinterpret_cast<const C*>(output(p.kept, i, j));
-        const Finish<C> finish = {bias, p.activation == Activation::relu, kept, p.kept.row};
+        const Finish<C> finish = {bias, p.activation == Activation::relu, kept, p.kept.row, columns % w};
         C* out = reinterpret_cast<C*>(output(p.c, i, j));
         Tiles::multiply(k, rows, vectors, a, panel, ldb, whole ? nullptr : to, ld, out, p.c.row, finish);
       } else {
@@ -193,11 +197,10 @@ struct Product {
   // Panels of nearly equal width, in whole vectors but for the last.
   template <class F>
   __attribute__((always_inline)) void each_panel(F f) const {
-    int64_t vectors = ceil_div(n1 - n0, w), j = n0;
-    for (int64_t panels = ceil_div(n1 - n0, panel_columns); panels > 0; --panels) {
-      const int64_t here = ceil_div(vectors, panels);
+    int64_t larger = panels_larger;
+    for (int64_t j = n0, here; j < n1; j += here * w) {
+      here = panels_least + (larger-- > 0);
       f(j, min(here * w, n1 - j), here);
-      vectors -= here, j += here * w;
     }
   }
 
@@ -253,7 +256,7 @@ struct Product {
                                                        r * p.saved.reduce + i * p.saved.row + k0 * p.saved.col;
     const bool by_rows = !by_columns(p);
     if constexpr (per_unit<U> == 1) {
-      if (same_type && p.slope == Activation::none && (p.a.row == 1 || p.a.col == 1) && lies_well()) {
+      if (a_in_place) {
         if (sum) read(src, saved, by_rows, rows, k, static_cast<T*>(nullptr), 0, sum);
         return {reinterpret_cast<const U*>(src), p.a.row, p.a.col, by_rows};
       }

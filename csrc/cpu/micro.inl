@@ -38,10 +38,11 @@ struct Finish {
   bool relu = false;
   const C* kept = nullptr;  // where it is not above 0, the result is 0: relu backwards
   int64_t ld_kept = 0;
+  int64_t columns = 0;  // of the last vector; 0: all
 };
 
-// C[i, j] = finish(from[i, j] + sum_k A[i, k] B[k, j]) for `rows` rows and all of vectors * lanes columns; `from` may
-// be null.
+// C[i, j] = finish(from[i, j] + sum_k A[i, k] B[k, j]) for `rows` rows; `from` may be null, else it has room for whole
+// vectors.
 template <class U, int rows, int vectors, bool by_rows>
 static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __restrict b, int64_t ldb,
                   const Accumulator<U>* from, int64_t ld_from, Accumulator<U>* c, int64_t ldc,
@@ -52,6 +53,10 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
   const U* row[rows];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) row[i] = by_rows ? a + i * stride : a + i;
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) __builtin_prefetch(c + i * ldc + j * w, 1);  // while the sums take their time
   auto step = [&](int64_t at) __attribute__((always_inline)) {
     vec<U> column[vectors];
 #pragma GCC unroll 4
@@ -71,6 +76,7 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
   if (by_rows)
     for (; at + 4 <= k; at += 4) step(at), step(at + 1), step(at + 2), step(at + 3);
   for (; at < k; ++at) step(at);
+  const Some<C> last(finish.columns ? finish.columns : w);
   auto each = [&](auto f) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
@@ -81,16 +87,24 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
   if (finish.bias) {
     vec<C> bias[vectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < vectors; ++j) bias[j] = load(finish.bias + j * w);
+    for (int j = 0; j < vectors; ++j)
+      bias[j] = j == vectors - 1 ? load(finish.bias + j * w, last) : load(finish.bias + j * w);
     each([&](vec<C>& v, int, int j) __attribute__((always_inline)) { v += bias[j]; });
   }
   if (finish.relu)
     each([](vec<C>& v, int, int) __attribute__((always_inline)) { v = activate<C>(Activation::relu, v); });
   if (finish.kept)
     each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) {
-      v = backpropagate<C>(Activation::relu, v, load(finish.kept + i * finish.ld_kept + j * w));
+      const C* kept = finish.kept + i * finish.ld_kept + j * w;
+      v = backpropagate<C>(Activation::relu, v, j == vectors - 1 ? load(kept, last) : load(kept));
     });
-  each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) { store(c + i * ldc + j * w, v); });
+  if (finish.columns)
+    each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) {
+      C* to = c + i * ldc + j * w;
+      j == vectors - 1 ? store(to, v, last) : store(to, v);
+    });
+  else
+    each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) { store(c + i * ldc + j * w, v); });
 }
 
 template <class U>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import repeat
 
 import torch
@@ -23,10 +24,12 @@ def checked_activation(layer: str, activation: str | None) -> str | None:
     return activation
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """`getattr(module, name)` without its detours where it is an ordinary parameter."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+def parameters(modules: Iterable[nn.Module], name: str) -> list[Tensor | None]:
+    """The parameter `name` of each, without the detours of `nn.Module.__getattr__` where it is an ordinary one."""
+    try:
+        return [module._parameters[name] for module in modules]
+    except KeyError:  # parametrized
+        return [getattr(module, name) for module in modules]
 
 
 def members_first(layer: str, x: Tensor, num_members: int, batch_first: bool) -> Tensor:

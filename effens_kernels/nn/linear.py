@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import grouped_linear, multihead_linear
-from ._layout import checked_activation, members_first, one_member, parameter, positive, reset_like_linear
+from ._layout import checked_activation, members_first, one_member, positive, reset_like_linear
 
 
 class EnsembleLinear(nn.Module):
@@ -63,7 +63,7 @@ class EnsembleLinear(nn.Module):
             bias = None if self.bias is None else self.bias[one]
             return grouped_linear(input, self.weight[one], bias, activation=self.activation).squeeze(0)
         x = members_first("EnsembleLinear", input, self.num_members, self.batch_first)
-        y = grouped_linear(x, parameter(self, "weight"), parameter(self, "bias"), activation=self.activation)
+        y = grouped_linear(x, self.weight, self.bias, activation=self.activation)
         return y.transpose(0, 1) if self.batch_first else y
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ensemble_mlp
-from ._layout import checked_activation, members_first, one_member, parameter, positive
+from ._layout import checked_activation, members_first, one_member, parameters, positive
 from .linear import EnsembleLinear
 
 
@@ -69,14 +69,14 @@ class EnsembleMLP(nn.Module):
             layer.reset_parameters()
 
     def forward(self, input: Tensor, member: int | None = None) -> Tensor:
-        layers = self.layers._modules.values()
+        layers = self._modules["layers"]._modules.values()
         if member is not None:
             one_member("EnsembleMLP", input, member, self.num_members)
             for layer in layers:
                 input = layer(input, member)
             return input
         x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
-        weights, biases = [parameter(m, "weight") for m in layers], [parameter(m, "bias") for m in layers]
+        weights, biases = parameters(layers, "weight"), parameters(layers, "bias")
         x = ensemble_mlp(x, weights, biases, activation=self.activation, out_activation=self.out_activation)
         return x.transpose(0, 1) if self.batch_first else x
 

@@ -48,6 +48,8 @@ def check_activation(op: str, activation: object, argument: str = "activation") 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What `torch.nn.functional.linear` does under autocast: floating inputs other than float64 go to its dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors

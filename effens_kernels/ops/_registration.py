@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
+from .. import _dispatch
+
 LIBRARY = torch.library.Library("effens_kernels", "DEF")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -76,6 +78,16 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
         if t is not None and type(t) not in _PLAIN_TYPES:
             return False
     return not tensors[0].is_meta
+
+
+def takes_cpu_engine(op: str, requested: str | None, x: Tensor, *others: Tensor | None) -> bool:
+    """True where the short route on the CPU engine is exact; arguments that are wrong may pass."""
+    return (
+        is_plain_eager(x, *others)
+        and x.is_cpu
+        and (requested is None or type(requested) is str)
+        and _dispatch.selects("cpu", op, x.dtype, requested)
+    )
 
 
 def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
-from .._registration import is_plain_eager
+from .._registration import takes_cpu_engine
 from . import autograd, reference
 
 __all__ = ["ensemble_mlp"]
@@ -57,37 +57,30 @@ def ensemble_mlp(
     """
     check_sequences(weights, biases)
     depth = len(weights)
-    biases = [None] * depth if biases is None else biases
-    x, *parameters = autocast(x, *weights, *biases)
+    x, *parameters = autocast(x, *weights, *([None] * depth if biases is None else biases))
     weights, biases = parameters[:depth], parameters[depth:]
-    arguments = x, weights, biases, activation, out_activation
-    if is_plain_eager(x, *parameters):
+    if takes_cpu_engine("ensemble_mlp", backend, x, *parameters):
         try:
-            if _choose(x, backend) == "cpu":
-                return autograd.apply_plain(*arguments)
-        except Exception:  # the kernel checks for itself; if the arguments are at fault, these words are better
-            check(*arguments)
+            return autograd.apply_plain(x, weights, biases, activation, out_activation)
+        except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
+            check(x, weights, biases, activation, out_activation)
             raise
-    check(*arguments)
-    chosen = _choose(x, backend)
+    check(x, weights, biases, activation, out_activation)
+    chosen = _dispatch.select(_dispatch.Problem("ensemble_mlp", x.device.type, x.dtype), backend)
     if chosen == "reference":
-        return reference.ensemble_mlp(*arguments)
-    return autograd.chain(*arguments, chosen)
-
-
-def _choose(x: Tensor, backend: str | None) -> str:
-    return _dispatch.select(_dispatch.Problem("ensemble_mlp", x.device.type, x.dtype), backend)
+        return reference.ensemble_mlp(x, weights, biases, activation, out_activation)
+    return autograd.chain(x, weights, biases, activation, out_activation, chosen)
 
 
 def check_sequences(weights: object, biases: object) -> None:
     op = "ensemble_mlp"
-    if not isinstance(weights, Sequence):
-        reject(op, "weights", "a sequence of tensors, one per layer", weights, TypeError)
+    if not isinstance(weights, (list, tuple)):
+        reject(op, "weights", "a list or tuple of tensors, one per layer", weights, TypeError)
     if len(weights) == 0:
         reject(op, "weights", "at least one layer", "none")
     if biases is not None:
-        if not isinstance(biases, Sequence):
-            reject(op, "biases", "None or a sequence of tensors or None, one per layer", biases, TypeError)
+        if not isinstance(biases, (list, tuple)):
+            reject(op, "biases", "None or a list or tuple of tensors or None, one per layer", biases, TypeError)
         if len(biases) != len(weights):
             reject(op, "biases", f"{len(weights)}, one per weight", str(len(biases)))
 

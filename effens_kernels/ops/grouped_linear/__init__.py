@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
-from .._registration import is_plain_eager
+from .._registration import takes_cpu_engine
 from . import autograd, batching, reference  # noqa: F401  (batching registers the vmap rules)
 
 __all__ = ["grouped_linear"]
@@ -53,22 +53,17 @@ def grouped_linear(
 def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str | None) -> Tensor:
     """Check, choose, run; `op` is the name that errors speak of."""
     x, weight, bias = autocast(x, weight, bias)
-    if is_plain_eager(x, weight, bias):
+    if takes_cpu_engine("grouped_linear", backend, x, weight, bias):
         try:
-            if _choose(x, backend) == "cpu":
-                return autograd.apply_plain(x, weight, bias, activation, "cpu")
-        except Exception:  # the kernel checks for itself; if the arguments are at fault, these words are better
+            return autograd.apply_plain(x, weight, bias, activation, "cpu")
+        except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
             check(op, x, weight, bias, activation)
             raise
     check(op, x, weight, bias, activation)
-    chosen = _choose(x, backend)
+    chosen = _dispatch.select(_dispatch.Problem("grouped_linear", x.device.type, x.dtype), backend)
     if chosen == "reference":
         return reference.grouped_linear(x, weight, bias, activation)
     return autograd.apply(x, weight, bias, activation, chosen)
-
-
-def _choose(x: Tensor, backend: str | None) -> str:
-    return _dispatch.select(_dispatch.Problem("grouped_linear", x.device.type, x.dtype), backend)
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
