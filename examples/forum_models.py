@@ -74,31 +74,32 @@ class Ensemble2(nn.Module):
 # --------------------------------------------------------------------------------------- the same on effens_kernels
 
 
-class FastEnsemble1(nn.Module):
-    """Ensemble1; the trunk is an ensemble of one, and all heads of all members are one product: nothing is sliced out."""
-
-    def __init__(self, state_dim: int, hidden_dim: int, num_actions: int, num_heads: int, ensemble_size: int) -> None:
-        super().__init__()
-        self.trunk = ek.nn.EnsembleMLP(state_dim, [hidden_dim] * 2, hidden_dim, num_members=1, out_activation="relu")
-        self.heads = ek.nn.MultiHeadLinear(hidden_dim, num_actions, num_heads, ensemble_size, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.trunk(x.flatten(0, 1)).unflatten(1, x.shape[:2]).squeeze(0)
-        return self.heads(features)
-
-
 class FastEnsemble2(nn.Module):
     """Ensemble2; each layer of all members is one product, a member's heads are side by side in the last one."""
+
+    shared_layers = 0
 
     def __init__(self, state_dim: int, hidden_dim: int, num_actions: int, num_heads: int, ensemble_size: int) -> None:
         super().__init__()
         self.heads = (num_heads, num_actions)
         self.members = ek.nn.EnsembleMLP(
-            state_dim, [hidden_dim] * 3, num_heads * num_actions, ensemble_size, batch_first=True
+            state_dim,
+            [hidden_dim] * 3,
+            num_heads * num_actions,
+            ensemble_size,
+            shared_layers=self.shared_layers,
+            batch_first=True,
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.members(x).unflatten(-1, self.heads)
+        y = self.members(x)
+        return y.view(*y.shape[:2], *self.heads)
+
+
+class FastEnsemble1(FastEnsemble2):
+    """Ensemble1; the same, but that all members share the hidden layers: no member's features are sliced out."""
+
+    shared_layers = 3
 
 
 # -------------------------------------------------------------------------------------------- from one to the other
@@ -117,14 +118,11 @@ def stacked(model: Ensemble1 | Ensemble2, read: Callable[[Tensor], Tensor] = Ten
 
         if isinstance(model, Ensemble1):
             for n, layer in enumerate(("input_layer", "h1", "h2")):
-                result[f"trunk.layers.{n}.{name}"] = get(getattr(model, layer)).unsqueeze(0)
-            result[f"heads.{name}"] = torch.stack(
-                [torch.stack([get(head) for head in heads]) for heads in model.ensemble]
-            )
+                result[f"members.layers.{n}.{name}"] = get(getattr(model, layer)).unsqueeze(0)
+            members = [torch.cat([get(head) for head in heads]) for heads in model.ensemble]
         else:
             for n, layer in enumerate(("input_layer", "h1", "h2")):
                 result[f"members.layers.{n}.{name}"] = torch.stack([get(getattr(net, layer)) for net in model.ensemble])
-            result[f"members.layers.3.{name}"] = torch.stack(
-                [torch.cat([get(head) for head in net.output_heads]) for net in model.ensemble]
-            )
+            members = [torch.cat([get(head) for head in net.output_heads]) for net in model.ensemble]
+        result[f"members.layers.3.{name}"] = torch.stack(members)
     return result

@@ -52,9 +52,11 @@ def vmap(problem: Problem) -> Contestant:
     if problem.workload.shared_trunk:
         heads = torch.func.vmap(torch.func.vmap(F.linear, (None, 0, 0), 1), (1, 0, 0), 1)
         parameters = _parameters(model)
+        sizes = (problem.workload.heads, problem.workload.actions)
 
         def shared_trunk(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-            return heads(_trunk(x, p), p["heads.weight"], p["heads.bias"])
+            weight, bias = (p[f"members.layers.3.{name}"].unflatten(1, sizes) for name in ("weight", "bias"))
+            return heads(_trunk(x, p), weight, bias)
 
         return Contestant(
             "vmap", shared_trunk, (x, parameters), list(parameters.values()), lambda: _gradients(parameters)
@@ -86,7 +88,7 @@ def baddbmm(problem: Problem) -> Contestant:
 
     def shared_trunk(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         features = _trunk(x, p).transpose(0, 1)
-        return linear(features, p["heads.weight"].flatten(1, 2), p["heads.bias"].flatten(1))
+        return linear(features, p["members.layers.3.weight"], p["members.layers.3.bias"])
 
     def members(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         x = x.transpose(0, 1)
@@ -105,7 +107,7 @@ def baddbmm(problem: Problem) -> Contestant:
 
 def _trunk(x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
     for n in range(3):
-        x = torch.relu(F.linear(x, p[f"trunk.layers.{n}.weight"][0], p[f"trunk.layers.{n}.bias"][0]))
+        x = torch.relu(F.linear(x, p[f"members.layers.{n}.weight"][0], p[f"members.layers.{n}.bias"][0]))
     return x
 
 

@@ -6,6 +6,9 @@
 //
 // g_l is only ever kept for one layer of one member.  Where there are fewer members than threads, or where a member is
 // too large for the cache, the layers run one after the other instead, each on all threads.
+//
+// A layer may have one set of weights for all members, [1, O, I]: its dW and db are sums over the members, which are
+// added up in the same order either way.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -39,6 +42,14 @@ Gemm part(Gemm p, int64_t g, int64_t first = 0, int64_t rows = -1) {
   return p;
 }
 
+Gemm sum_over_members(Gemm p) {
+  p.reduces = p.batches, p.batches = 1;
+  p.a.reduce = p.a.batch, p.a.batch = 0;
+  p.saved.reduce = p.saved.batch, p.saved.batch = 0;
+  p.b.reduce = p.b.batch, p.b.batch = 0;
+  return p;
+}
+
 void run_here(const Gemm& p) {
   const Engine& isa = engine();
   const Plan plan = isa.plan(p, 1);
@@ -48,7 +59,7 @@ void run_here(const Gemm& p) {
 struct Model {
   const char* op;
   int64_t members, batch, depth;
-  bool shared;
+  bool shared, all_own = true;  // x has one set of rows; all layers have weights for each member
   DType dtype;
   const std::vector<Tensor>& weights;
   Activation activation, last_activation;
@@ -67,14 +78,18 @@ struct Model {
         last_activation(activation_of(op, last)),
         element(bytes_of(dtype)) {
     STD_TORCH_CHECK(depth > 0 && (x.dim() == 2 || x.dim() == 3) && x.is_cpu(), op, ": x or weights do not fit");
-    members = weights[0].size(0), batch = x.size(x.dim() - 2);
+    batch = x.size(x.dim() - 2);
     int64_t width = x.size(x.dim() - 1);
-    STD_TORCH_CHECK(shared || x.size(0) == members, op, ": x does not fit the weights in members");
     for (const Tensor& w : weights) {
-      STD_TORCH_CHECK(w.dim() == 3 && w.size(0) == members && w.size(2) == width && w.is_cpu() &&
-                          dtype_code(w) == dtype_code(x),
-                      op, ": weights do not fit each other in members, widths, dtype or device");
+      STD_TORCH_CHECK(w.dim() == 3 && w.size(2) == width && w.is_cpu() && dtype_code(w) == dtype_code(x), op,
+                      ": weights do not fit each other in widths, dtype or device");
       width = w.size(1);
+    }
+    members = shared ? weights[0].size(0) : x.size(0);
+    for (int64_t l = 0; l < depth; ++l) {
+      STD_TORCH_CHECK(copies(l) == members || (copies(l) == 1 && (l > 0 || !shared)), op,
+                      ": x and weights do not fit each other in members");
+      all_own = all_own && copies(l) == members;
     }
     for (int64_t l = 0; l < depth; ++l) {
       y_at.push_back(hidden_size);
@@ -88,6 +103,7 @@ struct Model {
     }
   }
 
+  int64_t copies(int64_t l) const { return weights[size_t(l)].size(0); }
   int64_t inputs(int64_t l) const { return weights[size_t(l)].size(2); }
   int64_t outputs(int64_t l) const { return weights[size_t(l)].size(1); }
   int64_t size(int64_t l) const { return members * batch * outputs(l); }
@@ -104,6 +120,12 @@ struct Model {
 
 Operand operand_of(const Output& m) {
   return {m.data, m.batch, 0, m.row, m.col};
+}
+
+Operand operand_of(const Tensor& weight, int64_t members) {
+  Operand w = Matrices(weight).batched();
+  if (weight.size(0) != members) w.batch = 0;
+  return w;
 }
 
 // (y_L, hidden); without `save`, hidden is empty and what lies between the layers stays in scratch.
@@ -125,13 +147,15 @@ std::tuple<Tensor, Tensor> ensemble_mlp_fwd(const Tensor& x, std::vector<Tensor>
     p.dtype = m.dtype;
     p.batches = m.members, p.m = m.batch, p.n = m.outputs(l), p.k = m.inputs(l);
     p.a = l == 0 ? Matrices(x).batched() : operand_of(layers[size_t(l - 1)].c);
-    p.b = Matrices(weights[size_t(l)]).transposed().batched();
+    p.b = operand_of(weights[size_t(l)], m.members);
+    std::swap(p.b.row, p.b.col);
     p.c = m.is_last(l) ? output_of(y) : save ? m.y(hidden, l) : Output{nullptr, 0, spread(p.n, m.element), 1};
     if (save && m.saves_preactivation(l)) p.preactivation = m.z(hidden, l);
     p.activation = m.act(l);
     if (const std::optional<Tensor>& bias = biases[size_t(l)]) {
-      check_like(m.op, "bias", *bias, x, {m.members, p.n});
+      check_like(m.op, "bias", *bias, x, {m.copies(l), p.n});
       set_bias(p, keep[size_t(l)], *bias);
+      if (m.copies(l) != m.members) p.bias_batch = 0;
     }
     work += p.m * p.n * std::max<int64_t>(1, p.k) / chunks;
   }
@@ -167,18 +191,19 @@ std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::v
   };
   const int64_t widest = std::max(m.widest, m.act(last) == Activation::none ? 0 : m.outputs(last));
   const int64_t fits = m.batch * spread(widest, m.element) * m.element;
-  const bool by_member = m.members >= int64_t(torch::stable::get_num_threads()) && fits <= gradient_bytes;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool adds_up = m.all_own || (threads == 1 && (m.dtype == DType::f32 || m.dtype == DType::f64));
+  const bool by_member = m.members >= threads && fits <= gradient_bytes && adds_up;
 
   // g_l of each layer: its place, by member where it is no scratch.
   std::vector<Output> g(size_t(m.depth));
   std::vector<Tensor> keep;
   auto place = [&](int64_t l, bool in_scratch) {
-    if (in_scratch) {
-      g[size_t(l)] = {nullptr, 0, spread(m.outputs(l), m.element), 1};
-    } else {
-      keep.push_back(empty<3>({m.members, m.batch, m.outputs(l)}, x));
-      g[size_t(l)] = output_of(keep.back());
-    }
+    const int64_t ld = spread(m.outputs(l), m.element);  // everywhere: how long sums are cut depends on it
+    g[size_t(l)] = {nullptr, 0, ld, 1};
+    if (in_scratch) return;
+    keep.push_back(empty<3>({m.members, m.batch, ld}, x));
+    g[size_t(l)].data = keep.back().mutable_data_ptr(), g[size_t(l)].batch = m.batch * ld;
   };
   const bool sum_later = need_x && m.shared;  // dx sums over the members, which then must all have kept g_1
   for (int64_t l = 0; l < m.depth; ++l) {
@@ -203,8 +228,8 @@ std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::v
   std::vector<Gemm> wgrad(size_t(m.depth)), dgrad(size_t(m.depth));
   for (int64_t l = 0; l < m.depth; ++l) {
     const Output& out = g[size_t(l)];
-    results.push_back(empty<3>({m.members, m.outputs(l), m.inputs(l)}, x));
-    grad_biases.push_back(empty<2>({m.members, m.outputs(l)}, x));
+    results.push_back(empty<3>({m.copies(l), m.outputs(l), m.inputs(l)}, x));
+    grad_biases.push_back(empty<2>({m.copies(l), m.outputs(l)}, x));
     Gemm& w = wgrad[size_t(l)];
     w.dtype = m.dtype;
     w.batches = m.members, w.m = m.outputs(l), w.n = m.inputs(l), w.k = m.batch;
@@ -212,19 +237,21 @@ std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::v
     w.b = l == 0 ? Matrices(x).batched() : operand_of(m.y(hidden, l - 1));
     w.c = output_of(results.back());
     w.row_sums = grad_biases.back().mutable_data_ptr(), w.row_sums_batch = w.m;
+    if (m.copies(l) != m.members) {
+      w.c.batch = 0, w.row_sums_batch = 0;
+      if (!by_member) w = sum_over_members(w);
+    }
     Gemm& d = dgrad[size_t(l)];
     d.dtype = m.dtype;
     d.batches = m.members, d.m = m.batch, d.n = m.inputs(l), d.k = m.outputs(l);
     d.a = {out.data, out.batch, 0, out.row, out.col};
-    d.b = Matrices(weights[size_t(l)]).batched();
+    d.b = operand_of(weights[size_t(l)], m.members);
     if (l > 0) {
       d.c = g[size_t(l - 1)];
       d.c_slope = m.act(l - 1);
       if (d.c_slope != Activation::none) d.kept = saved(l - 1);
     } else if (sum_later) {
-      d.batches = 1, d.reduces = m.members;
-      std::swap(d.a.batch, d.a.reduce);
-      std::swap(d.b.batch, d.b.reduce);
+      d = sum_over_members(d);
       d.c = {grad_x.mutable_data_ptr(), 0, grad_x.stride(0), grad_x.stride(1)};
     } else if (need_x) {
       d.c = output_of(grad_x);
@@ -245,6 +272,7 @@ std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::v
         for (int64_t l = last; l >= 0; --l) {
           Gemm w = part(wgrad[size_t(l)], e);
           if (!w.a.data) w.a.data = scratch_g[l % 2];
+          w.accumulate = e > 0 && m.copies(l) != m.members;
           run_here(w);
           if (l == 0 && (!need_x || sum_later)) break;
           Gemm d = part(dgrad[size_t(l)], e);
@@ -264,12 +292,13 @@ std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::v
       });
     }
     for (int64_t l = last; l >= 0; --l) {
+      const Gemm &w = wgrad[size_t(l)], &d = dgrad[size_t(l)];
       if (l == 0 && !need_x)
-        run<1>({wgrad[0]});
-      else if (l == 0 && sum_later)
-        run<1>({wgrad[0]}), run<1>({dgrad[0]});
+        run<1>({w});
+      else if (w.batches == d.batches)
+        run<2>({d, w});
       else
-        run<2>({dgrad[size_t(l)], wgrad[size_t(l)]});
+        run<1>({w}), run<1>({d});
     }
   }
   return results;

@@ -117,6 +117,13 @@ struct Product {
     sums = tile + strip_rows * panel_columns;
   }
 
+  void start_sums() {
+    const T* before = static_cast<const T*>(p.row_sums) + g * p.row_sums_batch + m0;
+    by_vectors<C>(m1 - m0, [&](int64_t i, auto some) {
+      store(sums + i, p.accumulate ? load(before + i, some) : vec<C>{}, some);
+    });
+  }
+
   static void write_sums(const Gemm& p, int64_t g, int64_t from, int64_t count, const C* sums) {
     T* to = static_cast<T*>(p.row_sums) + g * p.row_sums_batch + from;
     by_vectors<C>(count, [&](int64_t i, auto some) { store(to + i, load(sums + i), some); });
@@ -136,7 +143,7 @@ struct Product {
     const int64_t panels = max<int64_t>(1, ceil_div(n1 - n0, panel_columns)), vectors = ceil_div(n1 - n0, w);
     panels_least = vectors / panels, panels_larger = vectors % panels;
     const bool want_sums = p.row_sums && n0 == 0;
-    if (want_sums) __builtin_memset(sums, 0, size_t(m1 - m0) * sizeof(C));
+    if (want_sums) start_sums();
     C* sum = want_sums ? sums : nullptr;
     for (int64_t r = 0; r < reduces; ++r) {
       prepare_b(r, block);
@@ -181,14 +188,17 @@ struct Product {
       const int64_t ldb = b_ld ? b_ld : vectors * w;
       C* to = whole ? tile : partial + (j - n0);
       const int64_t ld = whole ? panel_columns : cut.col_block;
+      const C* from = step > 0 ? to : nullptr;
+      int64_t ld_from = ld;
+      if (p.accumulate && step == 0) from = reinterpret_cast<const C*>(output(p.c, i, j)), ld_from = p.c.row;
       if (final && direct) {
         const C* bias = p.bias ? static_cast<const C*>(p.bias) + g * p.bias_batch + j : nullptr;
         const C* kept = p.c_slope == Activation::none ? nullptr : reinterpret_cast<const C*>(output(p.kept, i, j));
-        const Finish<C> finish = {bias, p.activation == Activation::relu, kept, p.kept.row, columns % w};
+        const Finish<C> finish = {columns % w, bias, p.activation == Activation::relu, kept, p.kept.row};
         C* out = reinterpret_cast<C*>(output(p.c, i, j));
-        Tiles::multiply(k, rows, vectors, a, panel, ldb, whole ? nullptr : to, ld, out, p.c.row, finish);
+        Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, out, p.c.row, finish);
       } else {
-        Tiles::multiply(k, rows, vectors, a, panel, ldb, step > 0 ? to : nullptr, ld, to, ld);
+        Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, to, ld, {columns % w});
         if (final) finish(to, ld, i, j, rows, columns);
       }
     });

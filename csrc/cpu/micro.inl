@@ -34,15 +34,14 @@ EFFENS_INLINE void multiply_add(vec<Accumulator<U>>& sum, U a, vec<U> b) {
 // What becomes of the sums as they leave the registers.
 template <class C>
 struct Finish {
+  int64_t columns = 0;      // of the last vector; 0: all
   const C* bias = nullptr;  // added, one per column
   bool relu = false;
   const C* kept = nullptr;  // where it is not above 0, the result is 0: relu backwards
   int64_t ld_kept = 0;
-  int64_t columns = 0;  // of the last vector; 0: all
 };
 
-// C[i, j] = finish(from[i, j] + sum_k A[i, k] B[k, j]) for `rows` rows; `from` may be null, else it has room for whole
-// vectors.
+// C[i, j] = finish(from[i, j] + sum_k A[i, k] B[k, j]) for `rows` rows; `from` may be null.
 template <class U, int rows, int vectors, bool by_rows>
 static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __restrict b, int64_t ldb,
                   const Accumulator<U>* from, int64_t ld_from, Accumulator<U>* c, int64_t ldc,
@@ -83,7 +82,11 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) f(sum[i][j], i, j);
   };
-  if (from) each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) { v += load(from + i * ld_from + j * w); });
+  if (from)
+    each([&](vec<C>& v, int i, int j) __attribute__((always_inline)) {
+      const C* at = from + i * ld_from + j * w;
+      v += j == vectors - 1 ? load(at, last) : load(at);
+    });
   if (finish.bias) {
     vec<C> bias[vectors];
 #pragma GCC unroll 4

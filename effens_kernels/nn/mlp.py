@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ensemble_mlp
+from ..ops._checks import reject
 from ._layout import checked_activation, members_first, one_member, parameters, positive
 from .linear import EnsembleLinear
 
@@ -23,6 +24,8 @@ class EnsembleMLP(nn.Module):
         num_members: E.
         activation: after each hidden layer; None, "relu", "gelu", "silu" or "tanh".
         out_activation: after the last layer; the same choice.
+        shared_layers: how many of the first layers have one set of weights for all members, as the trunk of a
+            multi-head model has; their parameters are `[1, H, I]` and `[1, H]`.
         bias, device, dtype: as in `torch.nn.Linear`.
         batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
 
@@ -45,6 +48,7 @@ class EnsembleMLP(nn.Module):
         *,
         activation: str | None = "relu",
         out_activation: str | None = None,
+        shared_layers: int = 0,
         bias: bool = True,
         batch_first: bool = False,
         device: torch.device | str | None = None,
@@ -55,11 +59,22 @@ class EnsembleMLP(nn.Module):
         self.num_members, self.batch_first = num_members, batch_first
         self.activation = checked_activation("EnsembleMLP", activation)
         self.out_activation = checked_activation("EnsembleMLP", out_activation)
+        if isinstance(shared_layers, bool) or not isinstance(shared_layers, int):
+            reject("EnsembleMLP", "shared_layers", "an int", repr(shared_layers), TypeError)
+        if not 0 <= shared_layers <= len(hidden_features) + 1:
+            reject("EnsembleMLP", "shared_layers", f"0 to {len(hidden_features) + 1} layers", repr(shared_layers))
+        self.shared_layers = shared_layers
         widths = (in_features, *hidden_features, out_features)
         last = len(widths) - 2
         self.layers = nn.ModuleList(
             EnsembleLinear(
-                i, o, num_members, bias, activation=activation if n < last else out_activation, device=device, dtype=dtype
+                i,
+                o,
+                1 if n < shared_layers else num_members,
+                bias,
+                activation=activation if n < last else out_activation,
+                device=device,
+                dtype=dtype,
             )
             for n, (i, o) in enumerate(pairwise(widths))
         )
@@ -73,7 +88,7 @@ class EnsembleMLP(nn.Module):
         if member is not None:
             one_member("EnsembleMLP", input, member, self.num_members)
             for layer in layers:
-                input = layer(input, member)
+                input = layer(input, member if layer.num_members > 1 else 0)
             return input
         x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
         weights, biases = parameters(layers, "weight"), parameters(layers, "bias")

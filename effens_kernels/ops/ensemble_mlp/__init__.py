@@ -32,14 +32,15 @@ def ensemble_mlp(
 
     Args:
         x: `[B, I]`, the same rows for every member, or `[E, B, I]`.
-        weights: one `[E, O, I]` per layer, the O of each being the I of the next.
-        biases: one `[E, O]` or None per layer; None for no biases at all.
+        weights: one `[E, O, I]` per layer, the O of each being the I of the next; `[1, O, I]` for a layer whose weights
+            all members share (the trunk of a multi-head model).
+        biases: one `[E, O]` (`[1, O]` where the weight is shared) or None per layer; None for no biases at all.
         activation: after each layer but the last; None, "relu", "gelu" (exact), "silu" or "tanh".
         out_activation: after the last layer; the same choice.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda"; a named backend never falls back.
 
     Returns:
-        `[E, B, O]` of the last layer, in the dtype of `x` (under autocast: its dtype).
+        `[E, B, O]` of the last layer, E being the largest number of members of any argument, in the dtype of `x` (under autocast: its dtype).
 
     Strides, dtypes, empty sizes and derivatives of any order are as for :func:`grouped_linear`.  Kept for backward:
     `x`, the parameters, each hidden layer's output, and where the activation needs it (gelu, silu) its pre-activation.
@@ -96,7 +97,8 @@ def check(
     check_tensor(op, "x", x)
     if x.dim() not in (2, 3):
         reject(op, "x", "[B, I] or [E, B, I]", x)
-    width, members, before = x.shape[-1], x.shape[0] if x.dim() == 3 else None, f"x {list(x.shape)}"
+    width, before = x.shape[-1], f"x {list(x.shape)}"
+    members, first = (x.shape[0], before) if x.dim() == 3 else (1, "")
     for n, (weight, bias) in enumerate(zip(weights, biases)):
         name = f"weights[{n}]"
         check_tensor(op, name, weight)
@@ -106,14 +108,16 @@ def check(
         sizes = weight.shape
         if sizes[2] != width:
             reject(op, name, f"[E, O, I={width}] to follow {before}", weight)
-        if members is not None and sizes[0] != members:
-            reject(op, name, f"[E={members}, O, I] as {before}", weight)
-        members, width, before = sizes[0], sizes[1], f"{name} {list(sizes)}"
+        width, before = sizes[1], f"{name} {list(sizes)}"
+        if sizes[0] not in (1, members):
+            if first:
+                reject(op, name, f"[E={members}, O, I] as {first}, or [1, O, I]", weight)
+            members, first = sizes[0], before
         if bias is not None:
             name = f"biases[{n}]"
             check_tensor(op, name, bias)
             check_alike(op, "x", x, name, bias)
-            if bias.dim() != 2 or bias.shape[0] != members or bias.shape[1] != width:
-                reject(op, name, f"[E={members}, O={width}]", bias)
+            if bias.dim() != 2 or bias.shape[0] != sizes[0] or bias.shape[1] != width:
+                reject(op, name, f"[{sizes[0]}, O={width}] as {before}", bias)
     check_activation(op, activation)
     check_activation(op, out_activation, "out_activation")

@@ -16,6 +16,7 @@ from .._activations import ACTIVATIONS
 from .._registration import is_plain_eager
 from ..grouped_linear import autograd as grouped
 from . import native
+from .reference import layers
 
 
 def apply_plain(
@@ -25,7 +26,12 @@ def apply_plain(
     activation: str | None,
     out_activation: str | None,
 ) -> Tensor:
-    """On plain CPU tensors (see `is_plain_eager`)."""
+    """On plain CPU tensors (see `takes_cpu_engine`)."""
+    if x.dim() == 2 and weights[0].shape[0] == 1:
+        trunk = next((n for n, weight in enumerate(weights) if weight.shape[0] != 1), len(weights))
+        if trunk < len(weights):  # members part from one row of hidden values
+            h = apply_plain(x, weights[:trunk], biases[:trunk], activation, activation)
+            return apply_plain(h.squeeze(0), weights[trunk:], biases[trunk:], activation, out_activation)
     if torch.is_grad_enabled():
         trained = [p.requires_grad for p in (*weights, *biases) if p is not None]
         if all(trained):
@@ -43,10 +49,10 @@ def chain(
     out_activation: str | None,
     backend: str,
 ) -> Tensor:
-    last = len(weights) - 1
-    for n, (weight, bias) in enumerate(zip(weights, biases)):
-        x = grouped.apply(x, weight, bias, out_activation if n == last else activation, backend)
-    return x
+    def linear(x, weight, bias, activation):
+        return grouped.apply(x, weight, bias, activation, backend)
+
+    return layers(linear, x, weights, biases, activation, out_activation)
 
 
 class EnsembleMLP(torch.autograd.Function):

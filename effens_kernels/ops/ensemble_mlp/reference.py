@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -12,12 +12,29 @@ from ..grouped_linear.reference import grouped_linear
 def ensemble_mlp(
     x: Tensor,
     weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None = None,
+    biases: Sequence[Tensor | None],
     activation: str | None = "relu",
     out_activation: str | None = None,
 ) -> Tensor:
-    biases = [None] * len(weights) if biases is None else biases
+    return layers(grouped_linear, x, weights, biases, activation, out_activation)
+
+
+def layers(
+    linear: Callable[..., Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | None,
+    out_activation: str | None,
+) -> Tensor:
+    """Layer after layer; where one shares its weights, the rows of all members are rows of one member."""
     last = len(weights) - 1
     for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        x = grouped_linear(x, weight, bias, out_activation if n == last else activation)
-    return x
+        act = out_activation if n == last else activation
+        if weight.shape[0] != 1:
+            x = linear(x, weight, bias, act)
+        elif x.dim() == 2:
+            x = linear(x, weight, bias, act).squeeze(0)
+        else:
+            x = linear(x.flatten(0, 1), weight, bias, act).squeeze(0).unflatten(0, x.shape[:2])
+    return x if x.dim() == 3 else x.unsqueeze(0)
