@@ -158,6 +158,7 @@ struct Product {
         }
       } else {
         each_strip([&](int64_t i, int64_t rows) {
+          if (a_in_place && i + rows < m1) prefetch_rows(r, i + rows, min(rows, m1 - i - rows));
           C* partial = region + (reduces > 1 ? i - m0 : 0) * cut.col_block;
           for (int64_t kb = 0; kb < k_blocks; ++kb)
             tiles(r * k_blocks + kb, kb, i, rows, prepare_a(r, kb, i, rows, sum ? sum + (i - m0) : nullptr), partial);
@@ -283,6 +284,14 @@ struct Product {
     if (p.slope != Activation::none) return false;
     return p.a.col == 1 ? ways(strip_rows, p.a.row) <= 7
                         : cut.col_block <= panel_columns || ways(k_step, p.a.col) <= 16;
+  }
+
+  // The next strip's rows on their way while this one is multiplied: they are too short for the hardware to notice.
+  void prefetch_rows(int64_t r, int64_t i, int64_t rows) const {
+    if (by_columns(p)) return;
+    const T* from = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + i * p.a.row;
+    for (int64_t l = 0; l < rows; ++l)
+      for (int64_t j = 0; j < depth; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + l * p.a.row + j, 0, 2);
   }
 
   // How many cache lines, `stride` elements apart, share an L1 set of 64.

@@ -61,6 +61,11 @@ class GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_z=None):
         x, weight, *saved = ctx.saved_tensors
+        if grad_z is None and grad_y is not None and not torch.is_grad_enabled() and is_plain_eager(grad_y):
+            need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+            arguments = grad_y, x, weight, saved[0] if saved else x, ctx.activation, need_x, need_weight, need_bias
+            dx, dweight, dbias = kernels(ctx.backend).bwd(*arguments)  # where nothing is saved, `saved` is not read
+            return dx if need_x else None, dweight if need_weight else None, dbias if need_bias else None, None, None
         return *_derivative(ctx, grad_y, grad_z, x, weight, saved), None, None
 
 
