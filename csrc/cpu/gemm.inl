@@ -158,7 +158,7 @@ struct Product {
         }
       } else {
         each_strip([&](int64_t i, int64_t rows) {
-          if (a_in_place && i + rows < m1) prefetch_rows(r, i + rows, min(rows, m1 - i - rows));
+          if (p.a.col == 1 && i + rows < m1) prefetch_rows(r, i + rows, min(rows, m1 - i - rows));
           C* partial = region + (reduces > 1 ? i - m0 : 0) * cut.col_block;
           for (int64_t kb = 0; kb < k_blocks; ++kb)
             tiles(r * k_blocks + kb, kb, i, rows, prepare_a(r, kb, i, rows, sum ? sum + (i - m0) : nullptr), partial);
@@ -288,7 +288,6 @@ struct Product {
 
   // The next strip's rows on their way while this one is multiplied: they are too short for the hardware to notice.
   void prefetch_rows(int64_t r, int64_t i, int64_t rows) const {
-    if (by_columns(p)) return;
     const T* from = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + i * p.a.row;
     for (int64_t l = 0; l < rows; ++l)
       for (int64_t j = 0; j < depth; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + l * p.a.row + j, 0, 2);
@@ -375,6 +374,16 @@ struct Product {
   template <Activation activation>
   void finish(const C* from, int64_t ld, int64_t i, int64_t j, int64_t rows, int64_t columns) const {
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + g * p.bias_batch + j : nullptr;
+#if defined(EFFENS_HAS_BF16)
+    if constexpr (is_bf16<T>)
+      if (columns == 2 * w && p.c.col == 1 && !p.preactivation.data && p.c_slope == Activation::none) {
+        const vec<C> add[2] = {bias ? load(bias) : vec<C>{}, bias ? load(bias + w) : vec<C>{}};
+        for (int64_t r = 0; r < rows; ++r)
+          store_pair(output(p.c, i + r, j), activate<C>(activation, load(from + r * ld) + add[0]),
+                     activate<C>(activation, load(from + r * ld + w) + add[1]));
+        return;
+      }
+#endif
     by_vectors<C>(columns, [&](int64_t l, auto some) __attribute__((always_inline)) {
       const vec<C> add = bias ? load(bias + l, some) : vec<C>{};
       if (p.preactivation.data)

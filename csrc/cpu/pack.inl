@@ -185,6 +185,19 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
   if constexpr (per_unit<U> == 2) {
     const int64_t units = ceil_div(k, 2);
     if (col == 1) {
+#if defined(EFFENS_HAS_BF16)
+      if (cols == 2 * lanes<uint32_t> && k % 2 == 0) {
+        vec<uint16_t> low, high;  // of rows 2u and 2u + 1, the words of the first and of the second 16 columns
+        for (int l = 0; l < lanes<uint16_t>; ++l) low[l] = l / 2 + l % 2 * 32, high[l] = 16 + l / 2 + l % 2 * 32;
+        for (int64_t u = 0; u < units; ++u, dst += width) {
+          const __m512i first = _mm512_loadu_si512(b + 2 * u * row), second = _mm512_loadu_si512(b + (2 * u + 1) * row);
+          _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(first, bit_cast<__m512i>(low), second));
+          _mm512_storeu_si512(dst + lanes<uint32_t>,
+                              _mm512_permutex2var_epi16(first, bit_cast<__m512i>(high), second));
+        }
+        return;
+      }
+#endif
       for (int64_t u = 0; u < units; ++u)
         for (int64_t j = 0; j < width; j += lanes<uint32_t>) {
           const vec_u32 v = pairs(b + 2 * u * row + j, row, 2 * u + 1 < k, max<int64_t>(0, cols - j));

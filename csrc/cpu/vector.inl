@@ -134,6 +134,17 @@ EFFENS_INLINE void store(T* p, vec<Compute<T>> value) {
   }
 }
 
+template <class T>
+constexpr bool is_bf16 = false;
+template <>
+constexpr bool is_bf16<bf16> = true;
+#if defined(EFFENS_HAS_BF16)
+EFFENS_INLINE void store_pair(bf16* p, vec<float> low, vec<float> high) {
+  const __m512bh bits = _mm512_cvtne2ps_pbh(bit_cast<__m512>(high), bit_cast<__m512>(low));
+  __builtin_memcpy(p, &bits, sizeof(bits));
+}
+#endif
+
 // The first n of a vector's lanes.  Loads zero the others and never touch memory beyond; stores leave it alone.
 template <class C>
 struct Some {
