@@ -83,7 +83,8 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
 def takes_cpu_engine(op: str, requested: str | None, x: Tensor, *others: Tensor | None) -> bool:
     """True where the short route on the CPU engine is exact; arguments that are wrong may pass."""
     return (
-        is_plain_eager(x, *others)
+        x is not None
+        and is_plain_eager(x, *others)
         and x.is_cpu
         and (requested is None or type(requested) is str)
         and _dispatch.selects("cpu", op, x.dtype, requested)

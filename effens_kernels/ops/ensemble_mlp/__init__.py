@@ -107,9 +107,11 @@ def check(
             reject(op, name, "[E, O, I]", weight)
         sizes = weight.shape
         if sizes[2] != width:
+            if n == 0:
+                reject(op, "x", f"[..., I={sizes[2]}] to fit {name} {list(sizes)}", x)
             reject(op, name, f"[E, O, I={width}] to follow {before}", weight)
         width, before = sizes[1], f"{name} {list(sizes)}"
-        if sizes[0] not in (1, members):
+        if sizes[0] != 1 and sizes[0] != members:
             if first:
                 reject(op, name, f"[E={members}, O, I] as {first}, or [1, O, I]", weight)
             members, first = sizes[0], before

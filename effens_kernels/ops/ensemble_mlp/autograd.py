@@ -90,6 +90,9 @@ def _differentiable(ctx, grad, x, weights, biases):
     """The same gradients as a graph of their own: through the chain, whose derivatives are ops."""
     need_x = ctx.needs_input_grad[0]
     with torch.enable_grad():
+        # Views, since one argument may be given twice or depend on another, and each has its own gradient.
+        x, *parameters = (None if t is None else t.view_as(t) for t in (x, *weights, *biases))
+        weights, biases = parameters[: ctx.depth], parameters[ctx.depth :]
         y = chain(x, weights, biases, *ctx.options, "cpu")
     inputs = [x] * need_x + weights + [b for b in biases if b is not None]
     grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))

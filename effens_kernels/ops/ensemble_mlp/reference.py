@@ -31,10 +31,10 @@ def layers(
     last = len(weights) - 1
     for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         act = out_activation if n == last else activation
-        if weight.shape[0] != 1:
-            x = linear(x, weight, bias, act)
-        elif x.dim() == 2:
-            x = linear(x, weight, bias, act).squeeze(0)
-        else:
+        if weight.shape[0] == 1 and x.dim() == 3:
             x = linear(x.flatten(0, 1), weight, bias, act).squeeze(0).unflatten(0, x.shape[:2])
+        else:
+            x = linear(x, weight, bias, act)
+            if weight.shape[0] == 1:
+                x = x.squeeze(0)
     return x if x.dim() == 3 else x.unsqueeze(0)
