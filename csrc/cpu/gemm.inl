@@ -199,6 +199,8 @@ struct Product {
         C* out = reinterpret_cast<C*>(output(p.c, i, j));
         Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, out, p.c.row, finish);
       } else {
+        if (final && p.c.col == 1)
+          for (int64_t l = 0; l < rows; ++l) __builtin_prefetch(output(p.c, i + l, j), 1);
         Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, to, ld, {columns % w});
         if (final) finish(to, ld, i, j, rows, columns);
       }

@@ -18,10 +18,10 @@
 #define EFFENS_HAS_AMX 1
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                 \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16"))), \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,avx512bf16,amx-tile,amx-bf16")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw,avx512bf16,amx-tile,amx-bf16")
 #endif
 #include "isa.inl"
 
