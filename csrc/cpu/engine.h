@@ -41,7 +41,7 @@ struct Gemm {
   Activation activation = Activation::none;
   const void* bias = nullptr;  // optional, [n] per g
   int64_t bias_batch = 0;
-  bool accumulate = false;  // C and row_sums are added to: f32 and f64, c.col == 1, no bias, no function
+  bool accumulate = false;                // C and row_sums are added to: f32 and f64, c.col == 1, no bias, no function
   Activation c_slope = Activation::none;  // where activation is none: the result times c_slope(kept), of C's shape
   Output kept;
   void* row_sums = nullptr;  // optional: sum of A' over k (and r), [m] per g: the bias gradient

@@ -17,7 +17,7 @@
 #define EFFENS_HAS_BF16 1
 #define EFFENS_HAS_AMX 1
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                 \
+#pragma clang attribute push(                                                                                        \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prfchw,avx512bf16,amx-tile,amx-bf16"))), \
     apply_to = function)
 #else

@@ -192,8 +192,7 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
         for (int64_t u = 0; u < units; ++u, dst += width) {
           const __m512i first = _mm512_loadu_si512(b + 2 * u * row), second = _mm512_loadu_si512(b + (2 * u + 1) * row);
           _mm512_storeu_si512(dst, _mm512_permutex2var_epi16(first, bit_cast<__m512i>(low), second));
-          _mm512_storeu_si512(dst + lanes<uint32_t>,
-                              _mm512_permutex2var_epi16(first, bit_cast<__m512i>(high), second));
+          _mm512_storeu_si512(dst + lanes<uint32_t>, _mm512_permutex2var_epi16(first, bit_cast<__m512i>(high), second));
         }
         return;
       }

@@ -19,7 +19,7 @@ inline DType dtype_of(const Tensor& t, const char* op) {
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& t, const Tensor& x,
-                std::initializer_list<int64_t> sizes) {
+                       std::initializer_list<int64_t> sizes) {
   bool same = t.dim() == int64_t(sizes.size()) && t.is_cpu() && dtype_code(t) == dtype_code(x);
   int64_t d = 0;
   for (int64_t size : sizes) same = same && t.size(d++) == size;

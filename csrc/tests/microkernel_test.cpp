@@ -102,7 +102,7 @@ struct Array {
 };
 
 struct Rooms {
-  Room a, b, saved, c, z, bias, sums;
+  Room a, b, saved, kept, c, z, bias, sums;
 };
 
 struct Sizes {
@@ -114,7 +114,8 @@ struct Problem {
   Sizes s;
   Gemm gemm;
   bool exact;  // small integers; no function but relu
-  Array<T> a, b, saved, c, z, bias, sums;
+  Array<T> a, b, saved, kept, c, z, bias, sums;
+  std::vector<T> before;  // of C and of the row sums, where they are added to
 
   Problem(Rooms& rooms, Random& random, const Sizes& sizes, bool exact) : s(sizes), exact(exact) {
     const Activation functions[] = {Activation::none, Activation::relu, Activation::gelu, Activation::silu,
@@ -150,7 +151,16 @@ struct Problem {
     }
     choose(rooms.c, c, 1, s.m, s.n, true);
     gemm.c = c.output();
-    if (random.chance(30)) {
+    const bool plain = random.chance(40);  // the ways of the backward pass
+    if (plain) gemm.activation = Activation::none;
+    if (plain && random.chance(50)) {
+      gemm.c_slope = functions[1 + random.below(exact ? 1 : 4)];
+      choose(rooms.kept, kept, 1, s.m, s.n, false);
+      gemm.kept = kept.output();
+    } else if (plain && !bias.data && c.layout.col == 1 && sizeof(T) >= 4) {
+      gemm.accumulate = true;
+    }
+    if (!gemm.accumulate && random.chance(30)) {
       choose(rooms.z, z, 1, s.m, s.n, true);
       gemm.preactivation = z.output();
     }
@@ -161,22 +171,32 @@ struct Problem {
       sums.place(rooms.sums, l, random.chance(70));
       gemm.row_sums = sums.data, gemm.row_sums_batch = l.batch;
     }
+    for (int64_t i = 0; gemm.accumulate && i < s.batches * s.m * (s.n + 1); ++i)
+      before.push_back(narrow<T>(exact ? double(random.below(7) - 3) : random.real()));
   }
+
+  // What C[g, i, j] holds before; the row sums are its last column.
+  T start(int64_t g, int64_t i, int64_t j) const { return before[size_t((g * s.m + i) * (s.n + 1) + j)]; }
 
   void describe(const Engine& engine, const char* what) const {
     std::snprintf(current, sizeof(current),
                   "%s %s %s: g=%ld r=%ld m=%ld n=%ld k=%ld, A in %s, B in %s, saved in %s, C in %s, activation %d, "
-                  "slope %d%s%s%s",
+                  "slope %d, of C %d%s%s%s%s",
                   engine.name, std::to_string(int(gemm.dtype)).c_str(), what, long(s.batches), long(s.reduces),
                   long(s.m), long(s.n), long(s.k), a.layout.name, b.layout.name, saved.layout.name, c.layout.name,
-                  int(gemm.activation), int(gemm.slope), bias.data ? ", bias" : "", z.data ? ", preactivation" : "",
-                  sums.data ? ", row sums" : "");
+                  int(gemm.activation), int(gemm.slope), int(gemm.c_slope), gemm.accumulate ? ", added" : "",
+                  bias.data ? ", bias" : "", z.data ? ", preactivation" : "", sums.data ? ", row sums" : "");
   }
 
   void clear_results() {
     c.clear();
     if (z.data) z.clear();
     if (sums.data) sums.clear();
+    for (int64_t g = 0; gemm.accumulate && g < s.batches; ++g)
+      for (int64_t i = 0; i < s.m; ++i) {
+        for (int64_t j = 0; j < s.n; ++j) c(g, 0, i, j) = start(g, i, j);
+        if (sums.data) sums(g, 0, i, 0) = start(g, i, s.n);
+      }
   }
 
   // Compares one result with its exact value and marks it as seen.
@@ -231,11 +251,15 @@ struct Problem {
         }
         const double growth = 16 + 2 * std::sqrt(double(terms));
         for (int64_t j = 0; j < s.n; ++j) {
-          const double value = sum[size_t(j)] + (bias.data ? widen(bias(g, 0, 0, j)) : 0);
+          const double add = bias.data ? widen(bias(g, 0, 0, j)) : gemm.accumulate ? widen(start(g, i, j)) : 0;
+          const double value = sum[size_t(j)] + add;
           const double allowed = unit * growth * (size[size_t(j)] + 1) + stored * 4 * std::sqrt(square[size_t(j)]);
           if (z.data) compare(z, g, i, j, value, allowed, "preactivation");
-          compare(c, g, i, j, activate(gemm.activation, value), 1.2 * allowed + 8 * unit * std::fabs(value), "C");
+          const double factor = gemm.c_slope == Activation::none ? 1 : slope(gemm.c_slope, widen(kept(g, 0, i, j)));
+          compare(c, g, i, j, activate(gemm.activation, value) * factor, 1.2 * allowed + 8 * unit * std::fabs(value),
+                  "C");
         }
+        if (gemm.accumulate) total += widen(start(g, i, s.n));
         if (sums.data)
           compare(sums, g, i, 0, total, unit * growth * total_size + stored * 4 * std::sqrt(double(terms)), "row_sums");
       }
@@ -332,7 +356,8 @@ void check_type(const Engine& engine, Rooms& rooms, Random& random) {
   for (int64_t m : small)
     for (int64_t n : small)
       for (int64_t k : small) one({1 + random.below(3), random.below(4), m, n, k}, true, "small");
-  const int64_t large[] = {63, 65, 127, 257, 383, 384, 385, 769, 1025}, narrow_sizes[] = {1, 13, 15, 31, 33};
+  const int64_t large[] = {63, 65, 127, 257, 383, 384, 385, 769, 1025},
+                narrow_sizes[] = {1, 8, 13, 15, 31, 33, 47, 49, 65, 79};
   for (int64_t size : large) {
     one({1, 1 + random.below(3), size, random.of(narrow_sizes), random.of(narrow_sizes)}, true, "tall");
     one({1, 1 + random.below(3), random.of(narrow_sizes), size, random.of(narrow_sizes)}, true, "wide");
