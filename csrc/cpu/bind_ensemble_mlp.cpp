@@ -135,7 +135,11 @@ std::tuple<Tensor, Tensor> ensemble_mlp_fwd(const Tensor& x, std::vector<Tensor>
   const Model m("ensemble_mlp_fwd", x, weights, activation, last_activation);
   STD_TORCH_CHECK(biases.size() == weights.size(), m.op, ": one bias or None per weight");
   const int64_t rows_fit = std::max<int64_t>(64, rows_at_a_time / std::max<int64_t>(1, m.widest * m.element));
-  const int64_t chunks = std::max<int64_t>(1, m.batch / rows_fit), chunk = (m.batch + chunks - 1) / chunks;
+  const int64_t threads = torch::stable::get_num_threads();
+  auto idle = [&](int64_t parts) { return (threads - m.members * parts % threads) % threads; };
+  int64_t chunks = std::max<int64_t>(1, m.batch / rows_fit);
+  while (idle(chunks) * 10 > m.members * chunks && m.batch / (chunks + 1) >= 32) ++chunks;  // by 10 % and more
+  const int64_t chunk = (m.batch + chunks - 1) / chunks;
 
   const Tensor y = empty<3>({m.members, m.batch, m.outputs(m.depth - 1)}, x);
   const Tensor hidden = empty<1>({save ? m.hidden_size : 0}, x);

@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor> grouped_linear_fwd(const Tensor& x, const Tensor& wei
 void run_both(Gemm dgrad, Gemm wgrad, const Sizes& s) {
   constexpr int64_t fits = 1 << 20;
   const int64_t element = bytes_of(dgrad.dtype), ld = spread(s.outputs, element);
-  const bool once = dgrad.slope != Activation::none && s.inputs > 0 && s.batch * ld * element <= fits;
+  const bool once = dgrad.slope != Activation::none && s.inputs > 0 && s.batch > 0 && s.batch * ld * element <= fits;
   if (!once) return run<2>({dgrad, wgrad});
   const Gemm operand = wgrad;
   wgrad.row_sums = nullptr;
