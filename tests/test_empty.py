@@ -61,3 +61,15 @@ def test_heads(shape, rows):
     actual = derivatives(multihead_linear, inputs, grad)
     for name, value in derivatives(heads_reference.multihead_linear, inputs, grad).items():
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("wanted", [(0, 2), (0, 1), (1, 2), (2,)], ids=["x+bias", "x+weight", "weight+bias", "bias"])
+def test_sums_over_nothing_are_written(wanted, activation):
+    """Whatever gradients are asked for, and whatever the memory held before."""
+    inputs = torch.randn(2, 0, 17), torch.randn(2, 5, 17), torch.randn(2, 5)
+    leaves = [inputs[n].requires_grad_() for n in wanted]
+    y = grouped_linear(*inputs, activation=activation, backend="cpu")
+    for size in range(1, 200):
+        torch.full((size,), float("nan"))
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), leaves))

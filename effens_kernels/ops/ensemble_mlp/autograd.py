@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from .._activations import ACTIVATIONS
 from .._registration import is_plain_eager
@@ -76,7 +77,8 @@ class EnsembleMLP(torch.autograd.Function):
         x, hidden, *rest = ctx.saved_tensors
         weights, biases = rest[:depth], rest[depth : 2 * depth]
         need_x = ctx.needs_input_grad[0]
-        if torch.is_grad_enabled() or not is_plain_eager(grad):
+        # autograd.grad(is_grads_batched=True) maps over ops, which cannot be done with lists of tensors.
+        if torch.is_grad_enabled() or not is_plain_eager(grad) or _functorch.is_legacy_batchedtensor(grad):
             return _differentiable(ctx, grad, x, weights, biases)
         y = rest[2 * depth] if len(rest) > 2 * depth else grad  # without an activation it is not read
         dx, *grads = native.bwd(grad, x, weights, y, hidden, *ctx.options, need_x)
