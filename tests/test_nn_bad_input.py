@@ -25,6 +25,25 @@ BAD_CONSTRUCTION = {
     "mlp_hidden_0": (lambda: EnsembleMLP(I, [0], O, E), ValueError, "at least 1, got 0"),
     "mlp_hidden_float": (lambda: EnsembleMLP(I, [6.0], O, E), TypeError, "should be an int, got 6.0"),
     "mlp_activation": (lambda: EnsembleMLP(I, [6], O, E, activation="elu"), ValueError, "EnsembleMLP: activation sho"),
+    "mlp_out_activation": (
+        lambda: EnsembleMLP(I, [6], O, E, out_activation="elu"),
+        ValueError,
+        "out_activation should",
+    ),
+    "mlp_out_activation_list": (
+        lambda: EnsembleMLP(I, [6], O, E, out_activation=["relu"]),
+        ValueError,
+        "out_activation",
+    ),
+    "mlp_shared_3": (lambda: EnsembleMLP(I, [6], O, E, shared_layers=3), ValueError, "shared_layers should be 0 to 2"),
+    "mlp_shared_negative": (lambda: EnsembleMLP(I, [6], O, E, shared_layers=-1), ValueError, "0 to 2 layers, got -1"),
+    "mlp_shared_bool": (
+        lambda: EnsembleMLP(I, [6], O, E, shared_layers=True),
+        TypeError,
+        "shared_layers should be an int",
+    ),
+    "mlp_shared_float": (lambda: EnsembleMLP(I, [6], O, E, shared_layers=1.0), TypeError, "should be an int, got 1.0"),
+    "mlp_shared_none": (lambda: EnsembleMLP(I, [6], O, E, shared_layers=None), TypeError, "should be an int, got None"),
 }
 
 

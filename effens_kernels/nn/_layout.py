@@ -19,8 +19,8 @@ def positive(layer: str, **sizes: int) -> None:
             reject(layer, name, "at least 1", repr(size))
 
 
-def checked_activation(layer: str, activation: str | None) -> str | None:
-    check_activation(layer, activation)
+def checked_activation(layer: str, activation: str | None, argument: str = "activation") -> str | None:
+    check_activation(layer, activation, argument)
     return activation
 
 

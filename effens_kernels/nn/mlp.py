@@ -29,7 +29,8 @@ class EnsembleMLP(nn.Module):
         bias, device, dtype: as in `torch.nn.Linear`.
         batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
 
-    Parameters `layers.0.weight` `[E, H, I]`, `layers.0.bias` `[E, H]`, and so on.
+    Parameters `layers.0.weight` `[E, H, I]`, `layers.0.bias` `[E, H]`, and so on.  All layers run as one op, so hooks
+    on single layers are called with `member=e` alone.
 
     `forward(input, member=None)`: `[B, I]` or per member to `[E, B, O]`; with `member=e`, `[B, I]` to `[B, O]`.
 
@@ -58,7 +59,7 @@ class EnsembleMLP(nn.Module):
         positive("EnsembleMLP", num_members=num_members)
         self.num_members, self.batch_first = num_members, batch_first
         self.activation = checked_activation("EnsembleMLP", activation)
-        self.out_activation = checked_activation("EnsembleMLP", out_activation)
+        self.out_activation = checked_activation("EnsembleMLP", out_activation, "out_activation")
         if isinstance(shared_layers, bool) or not isinstance(shared_layers, int):
             reject("EnsembleMLP", "shared_layers", "an int", repr(shared_layers), TypeError)
         if not 0 <= shared_layers <= len(hidden_features) + 1:
@@ -93,6 +94,8 @@ class EnsembleMLP(nn.Module):
         x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
         weights, biases = parameters(layers, "weight"), parameters(layers, "bias")
         x = ensemble_mlp(x, weights, biases, activation=self.activation, out_activation=self.out_activation)
+        if x.shape[0] != self.num_members:  # the same rows through layers that are all shared
+            x = x.expand(self.num_members, -1, -1)
         return x.transpose(0, 1) if self.batch_first else x
 
     def extra_repr(self) -> str:
