@@ -40,7 +40,8 @@ def ensemble_mlp(
         backend: None (automatic), "reference", "cpu", "triton" or "cuda"; a named backend never falls back.
 
     Returns:
-        `[E, B, O]` of the last layer, E being the largest number of members of any argument, in the dtype of `x` (under autocast: its dtype).
+        `[E, B, O]` of the last layer, in the dtype of `x` (under autocast: its dtype); E is 1 where neither `x` nor any
+        layer has members.
 
     Strides, dtypes, empty sizes and derivatives of any order are as for :func:`grouped_linear`.  Kept for backward:
     `x`, the parameters, each hidden layer's output, and where the activation needs it (gelu, silu) its pre-activation.
