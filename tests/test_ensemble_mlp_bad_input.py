@@ -252,6 +252,7 @@ bwd = {
     "hidden_without_z": (Y, X, W, Y, HIDDEN, 2, 0, True),
     "hidden_without_last_z": (Y, X, W, Y, HIDDEN, 1, 3, True),
     "hidden_2d": (Y, X, W, Y, HIDDEN.view(1, -1), 1, 0, True),
+    "hidden_stepped": (Y, X, W, Y, f(2 * E * B * H)[::2], 1, 0, True),
     "hidden_dtype": (Y, X, W, Y, HIDDEN.half(), 1, 0, True),
     "x_rows": (Y, f(E, B + 1, I), W, Y, HIDDEN, 1, 0, True),
     "widths": (Y, X, [W0, f(E, O, H + 1)], Y, HIDDEN, 1, 0, True),

@@ -188,6 +188,7 @@ std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::v
   check_like(m.op, "grad", grad, x, {m.members, m.batch, m.outputs(last)});
   check_like(m.op, "y", y, x, {m.members, m.batch, m.outputs(last)});
   check_like(m.op, "hidden", hidden, x, {m.hidden_size});
+  STD_TORCH_CHECK(m.hidden_size <= 1 || hidden.stride(0) == 1, m.op, ": hidden should be contiguous");
   // What the derivative of a layer's activation is a function of.
   auto saved = [&](int64_t l) {
     if (m.saves_preactivation(l)) return m.z(hidden, l);
