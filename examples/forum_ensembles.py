@@ -241,7 +241,7 @@ def show_puzzle(profiles: dict[str, BackwardProfile], models: dict[str, torch.nn
         f"{loop.slices} slices, {loop.megabytes_of_zeros:.1f} MB of zeros, {loop.zero_fill:.0%} of the time in filling "
         f"them and {loop.additions:.0%} in additions. (Ensemble2 slices its input, which needs no gradient.) Slicing "
         f"once with x.unbind(1) takes backward to {unbound.milliseconds:.2f} ms; one product for all heads, as in "
-        f"MultiHeadLinear, to {fast.milliseconds:.2f} ms.",
+        f"EnsembleMLP, to {fast.milliseconds:.2f} ms.",
         width=min(console.width, 100),
     )
 

@@ -4,7 +4,7 @@ Every model maps `x` [batch, ensemble, state_dim] to [batch, ensemble, heads, ac
 
     Ensemble1      one trunk for everybody, `num_heads` output layers per member     (few parameters)
     Ensemble2      one whole network with `num_heads` output layers per member       (many parameters)
-    FastEnsemble1  Ensemble1 with one `MultiHeadLinear` instead of ensemble * heads `nn.Linear`
+    FastEnsemble1  Ensemble1 as one `EnsembleMLP` whose hidden layers are shared
     FastEnsemble2  Ensemble2 as one `EnsembleMLP`
 """
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from effens_kernels.nn import EnsembleLinear, EnsembleMLP
 from effens_kernels.ops._activations import ACTIVATIONS
@@ -179,3 +179,19 @@ def test_training_changes_every_layer():
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(not torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
+
+
+@shared
+def test_hooks_of_the_layers_run(shared_layers):
+    """Pruning and the older weight_norm set a layer's weight in a hook before its forward."""
+    mlp = EnsembleMLP(I, HIDDEN, O, E, shared_layers=shared_layers, **DOUBLE)
+    prune.random_unstructured(mlp.layers[1], "weight", amount=0.5)
+    seen = []
+    mlp.layers[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    with torch.no_grad():
+        mlp.layers[1].weight_orig.mul_(3)  # the weight itself follows at the next call
+    for x in (torch.randn(E, B, I, **DOUBLE), torch.randn(B, I, **DOUBLE)):
+        actual = mlp(x)
+        assert (mlp.layers[1].weight == 0).sum() == mlp.layers[1].weight.numel() // 2
+        close(actual, torch.stack([member(mlp, x[e] if x.dim() == 3 else x, e) for e in range(E)]))
+    assert seen == [HIDDEN[0]] * 2

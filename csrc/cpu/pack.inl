@@ -182,6 +182,7 @@ EFFENS_INLINE vec_u32 words(const T* p, int64_t elements) {
 
 template <class U, class T>
 static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t cols, U* dst, int64_t width) {
+  constexpr int64_t ahead = 128 / sizeof(T);  // where columns are transposed: too many streams for the hardware
   if constexpr (per_unit<U> == 2) {
     const int64_t units = ceil_div(k, 2);
     if (col == 1) {
@@ -203,8 +204,10 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
           __builtin_memcpy(dst + u * width + j, &v, sizeof(v));
         }
     } else if (row == 1) {
-      auto word = [&](int64_t u, int64_t j, int64_t)
-                      __attribute__((always_inline)) { return words(b + j * col + 2 * u, k - 2 * u); };
+      auto word = [&](int64_t u, int64_t j, int64_t) __attribute__((always_inline)) {
+        __builtin_prefetch(b + j * col + 2 * u + ahead);
+        return words(b + j * col + 2 * u, k - 2 * u);
+      };
       if (cols < width) __builtin_memset(dst, 0, size_t(units * width) * sizeof(U));
       transpose_words(word, units, cols, dst, width);
     } else {
@@ -220,8 +223,10 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
     }
   } else {
     if (row == 1 && sizeof(U) == 4) {
-      auto word = [&](int64_t i, int64_t j, int64_t n)
-                      __attribute__((always_inline)) { return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n))); };
+      auto word = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
+        __builtin_prefetch(b + j * col + i + ahead);
+        return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n)));
+      };
       if (cols < width) __builtin_memset(dst, 0, size_t(k * width) * sizeof(U));
       transpose_words(word, k, cols, reinterpret_cast<uint32_t*>(dst), width);
     } else {

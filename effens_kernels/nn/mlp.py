@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import ensemble_mlp
 from ..ops._checks import reject
+from ..ops.ensemble_mlp.reference import layers as layer_by_layer
 from ._layout import checked_activation, members_first, one_member, parameters, positive
 from .linear import EnsembleLinear
 
@@ -29,8 +30,8 @@ class EnsembleMLP(nn.Module):
         bias, device, dtype: as in `torch.nn.Linear`.
         batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
 
-    Parameters `layers.0.weight` `[E, H, I]`, `layers.0.bias` `[E, H]`, and so on.  All layers run as one op, so hooks
-    on single layers are called with `member=e` alone.
+    Parameters `layers.0.weight` `[E, H, I]`, `layers.0.bias` `[E, H]`, and so on.  All layers run as one op, unless
+    there are hooks on some: then layer by layer.
 
     `forward(input, member=None)`: `[B, I]` or per member to `[E, B, O]`; with `member=e`, `[B, I]` to `[B, O]`.
 
@@ -93,7 +94,11 @@ class EnsembleMLP(nn.Module):
             return input
         x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
         weights, biases = parameters(layers, "weight"), parameters(layers, "bias")
-        x = ensemble_mlp(x, weights, biases, activation=self.activation, out_activation=self.out_activation)
+        if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):  # pruning, old weight_norm, ...
+            calls = iter(layers)
+            x = layer_by_layer(lambda x, *_: next(calls)(x), x, weights, biases, None, None)
+        else:
+            x = ensemble_mlp(x, weights, biases, activation=self.activation, out_activation=self.out_activation)
         if x.shape[0] != self.num_members:  # the same rows through layers that are all shared
             x = x.expand(self.num_members, -1, -1)
         return x.transpose(0, 1) if self.batch_first else x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ... import _dispatch
@@ -74,14 +75,17 @@ def ensemble_mlp(
     return autograd.chain(x, weights, biases, activation, out_activation, chosen)
 
 
+_SEQUENCES = (list, tuple, torch.nn.ParameterList)
+
+
 def check_sequences(weights: object, biases: object) -> None:
     op = "ensemble_mlp"
-    if not isinstance(weights, (list, tuple)):
+    if not isinstance(weights, _SEQUENCES):
         reject(op, "weights", "a list or tuple of tensors, one per layer", weights, TypeError)
     if len(weights) == 0:
         reject(op, "weights", "at least one layer", "none")
     if biases is not None:
-        if not isinstance(biases, (list, tuple)):
+        if not isinstance(biases, _SEQUENCES):
             reject(op, "biases", "None or a list or tuple of tensors or None, one per layer", biases, TypeError)
         if len(biases) != len(weights):
             reject(op, "biases", f"{len(weights)}, one per weight", str(len(biases)))
