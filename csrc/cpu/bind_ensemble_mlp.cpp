@@ -4,11 +4,12 @@
 //   y_0 = x,  y_l = act(y_{l-1} W_l^T + b_l)                         g_L = dL/dy_L * act'_L
 //   g_{l-1} = (g_l W_l) * act'(y_{l-1}),  dW_l = g_l^T y_{l-1},  db_l = sum over rows of g_l,  dx = g_1 W_1
 //
-// g_l is only ever kept for one layer of one member.  Where there are fewer members than threads, or where a member is
-// too large for the cache, the layers run one after the other instead, each on all threads.
+// Backward, each thread takes a group of as many members, and g_l is only kept for one layer of one member.  For the
+// members left over, for all where there are fewer than threads, and where a member is too large for the cache, the
+// layers run one after the other instead, each on all threads.
 //
-// A layer may have one set of weights for all members, [1, O, I]: its dW and db are sums over the members, which are
-// added up in the same order either way.
+// A layer may have one set of weights for all members, [1, O, I]: its dW and db are sums over the members, and each
+// group has its own sum, so their last bits depend on the number of threads.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -107,6 +108,7 @@ struct Model {
   int64_t inputs(int64_t l) const { return weights[size_t(l)].size(2); }
   int64_t outputs(int64_t l) const { return weights[size_t(l)].size(1); }
   int64_t size(int64_t l) const { return members * batch * outputs(l); }
+  bool is_shared(int64_t l) const { return copies(l) != members; }
   bool is_last(int64_t l) const { return l + 1 == depth; }
   Activation act(int64_t l) const { return is_last(l) ? last_activation : activation; }
   bool saves_preactivation(int64_t l) const { return act(l) == Activation::gelu || act(l) == Activation::silu; }
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor> ensemble_mlp_fwd(const Tensor& x, std::vector<Tensor>
     if (const std::optional<Tensor>& bias = biases[size_t(l)]) {
       check_like(m.op, "bias", *bias, x, {m.copies(l), p.n});
       set_bias(p, keep[size_t(l)], *bias);
-      if (m.copies(l) != m.members) p.bias_batch = 0;
+      if (m.is_shared(l)) p.bias_batch = 0;
     }
     work += p.m * p.n * std::max<int64_t>(1, p.k) / chunks;
   }
@@ -180,133 +182,204 @@ std::tuple<Tensor, Tensor> ensemble_mlp_fwd(const Tensor& x, std::vector<Tensor>
   return {y, hidden};
 }
 
-// [dx, dW_1 .. dW_L, db_1 .. db_L]; dx is empty where not needed.
+// The backward pass: one walk from the last layer to the first for a member at a time, or for many.
+class Backward {
+ public:
+  Backward(const Model& m, const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& hidden, bool need_x)
+      : m(m), last(m.depth - 1), need_x(need_x), dx_later(need_x && m.shared), like(x) {
+    check_like(m.op, "grad", grad, x, {m.members, m.batch, m.outputs(last)});
+    check_like(m.op, "y", y, x, {m.members, m.batch, m.outputs(last)});
+    check_like(m.op, "hidden", hidden, x, {m.hidden_size});
+    STD_TORCH_CHECK(m.hidden_size <= 1 || hidden.stride(0) == 1, m.op, ": hidden should be contiguous");
+    // What the derivative of a layer's activation is a function of.
+    auto saved = [&](int64_t l) {
+      if (m.saves_preactivation(l)) return m.z(hidden, l);
+      return m.is_last(l) ? output_of(y) : m.y(hidden, l);
+    };
+    start.dtype = m.dtype;
+    start.batches = m.members, start.m = m.outputs(last), start.k = m.batch;
+    start.a = Matrices(grad).transposed().batched();
+    start.slope = m.act(last);
+    if (start.slope != Activation::none) {
+      const Output kept = saved(last);
+      start.saved = {kept.data, kept.batch, 0, kept.col, kept.row};
+    }
+    const bool reads_grad = start.slope == Activation::none;
+    if (dx_later && !(last == 0 && reads_grad)) first_g = empty<3>({m.members, m.batch, leading(0)}, x);
+    row = spread(std::max(m.widest, reads_grad ? 0 : m.outputs(last)), m.element);
+
+    grad_x = need_x ? torch::stable::empty_like(x) : empty<1>({0}, x);
+    for (int64_t l = 0; l < m.depth; ++l) {
+      weights.push_back(empty<3>({m.copies(l), m.outputs(l), m.inputs(l)}, x));
+      biases.push_back(empty<2>({m.copies(l), m.outputs(l)}, x));
+      Gemm w;
+      w.dtype = m.dtype;
+      w.batches = m.members, w.m = m.outputs(l), w.n = m.inputs(l), w.k = m.batch;
+      w.b = l == 0 ? Matrices(x).batched() : operand_of(m.y(hidden, l - 1));
+      w.c = output_of(weights.back());
+      w.row_sums = biases.back().mutable_data_ptr(), w.row_sums_batch = w.m;
+      if (m.is_shared(l)) w.c.batch = 0, w.row_sums_batch = 0;
+      wgrad.push_back(w);
+      Gemm d;
+      d.dtype = m.dtype;
+      d.batches = m.members, d.m = m.batch, d.n = m.inputs(l), d.k = m.outputs(l);
+      d.b = operand_of(m.weights[size_t(l)], m.members);
+      if (l > 0) {
+        d.c_slope = m.act(l - 1);
+        if (d.c_slope != Activation::none) d.kept = saved(l - 1);
+      } else if (need_x && !dx_later) {
+        d.c = output_of(grad_x);
+      }
+      dgrad.push_back(d);
+    }
+  }
+
+  // [dx, dW_1 .. dW_L, db_1 .. db_L]; dx is empty where not needed.
+  std::vector<Tensor> operator()() {
+    const int64_t threads = torch::stable::get_num_threads();
+    const bool fits = m.batch * row * m.element <= gradient_bytes;
+    const bool adds_up = m.all_own || m.dtype == DType::f32 || m.dtype == DType::f64;
+    const int64_t groups = m.members >= threads && fits && adds_up ? threads : 0;
+    const int64_t each = groups > 0 ? m.members / groups : 0, rest = each * groups;
+    if (rest > 0) member_by_member(groups, each);
+    if (rest < m.members || rest == 0) layer_by_layer(rest, m.members - rest);
+    if (rest > 0) add_sums(groups);
+    if (dx_later) {
+      Gemm d = dgrad[0];
+      d.a = rows_of(gradient(0, 0, nullptr));
+      d = sum_over_members(d);
+      d.c = {grad_x.mutable_data_ptr(), 0, grad_x.stride(0), grad_x.stride(1)};
+      run<1>({d});
+    }
+    std::vector<Tensor> results = {grad_x};
+    results.insert(results.end(), weights.begin(), weights.end());
+    results.insert(results.end(), biases.begin(), biases.end());
+    return results;
+  }
+
+ private:
+  const Model& m;
+  const int64_t last;
+  const bool need_x, dx_later;  // dx of a shared x sums over the members, which then all have to keep their g_1
+  const Tensor& like;
+  int64_t row;  // elements of the longest row of a g_l in scratch
+  Tensor grad_x, first_g;
+  std::vector<Tensor> weights, biases;         // of the model's parameters, the gradients
+  std::vector<Tensor> weight_sums, bias_sums;  // of shared layers: what each group but the first adds
+  Gemm start;                                  // g_L of a last layer with an activation: only operand A' is asked for
+  std::vector<Gemm> wgrad, dgrad;              // of all members; their g_l and g_{l-1} are filled in by the walk
+
+  // Everywhere the same: how long sums are cut depends on it.
+  int64_t leading(int64_t l) const { return spread(m.outputs(l), m.element); }
+
+  static Operand rows_of(const Output& g) { return {g.data, g.batch, 0, g.row, g.col}; }
+  static Operand columns_of(const Output& g) { return {g.data, g.batch, 0, g.col, g.row}; }
+
+  // g_l of the members from `first` on: where it is kept, or in scratch.
+  Output gradient(int64_t l, int64_t first, void* scratch) const {
+    const int64_t ld = leading(l), member = m.batch * ld;
+    if (l == last && start.slope == Activation::none) {
+      const Operand g = part(start, first).a;
+      return {const_cast<void*>(g.data), g.batch, g.col, g.row};
+    }
+    if (l == 0 && dx_later)
+      return {static_cast<char*>(first_g.mutable_data_ptr()) + first * member * m.element, member, ld, 1};
+    return {scratch, member, ld, 1};
+  }
+
+  void walk(int64_t first, int64_t count, void* const scratch[2], int64_t group, bool accumulate, bool here) {
+    if (start.slope != Activation::none) {
+      const Output to = gradient(last, first, scratch[last % 2]);
+      const Gemm from = part(start, first);
+      auto transform = [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e)
+          engine().transform(from, e, static_cast<char*>(to.data) + e * to.batch * m.element, to.row);
+      };
+      if (here)
+        transform(0, count);
+      else
+        torch::stable::parallel_for(0, count, 1, transform);
+    }
+    for (int64_t l = last; l >= 0; --l) {
+      const Output g = gradient(l, first, scratch[l % 2]);
+      Gemm w = part(wgrad[size_t(l)], first);
+      w.batches = count;
+      w.a = columns_of(g);
+      if (m.is_shared(l)) {
+        w = sum_over_members(w);
+        w.accumulate = accumulate;
+        if (group > 0) {
+          w.c.data = sums_of(weight_sums[size_t(l)], group), w.row_sums = sums_of(bias_sums[size_t(l)], group);
+        }
+      }
+      const bool goes_on = l > 0 || (need_x && !dx_later);
+      Gemm d = part(dgrad[size_t(l)], first);
+      d.batches = count;
+      d.a = rows_of(g);
+      if (l > 0) d.c = gradient(l - 1, first, scratch[(l - 1) % 2]);
+      if (here) {
+        run_here(w);
+        if (goes_on) run_here(d);
+      } else if (goes_on && w.batches == d.batches) {
+        run<2>({d, w});
+      } else {
+        run<1>({w});
+        if (goes_on) run<1>({d});
+      }
+    }
+  }
+
+  // Each group of members on a thread of its own.
+  void member_by_member(int64_t groups, int64_t each) {
+    for (int64_t l = 0; l < m.depth; ++l) {
+      const int64_t more = m.is_shared(l) ? groups - 1 : 0;
+      weight_sums.push_back(empty<3>({more, m.outputs(l), m.inputs(l)}, like));
+      bias_sums.push_back(empty<2>({more, m.outputs(l)}, like));
+    }
+    const size_t bytes = size_t(m.batch * row * m.element) + 64;
+    torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      void* const mine[2] = {scratch(slot_ping, bytes), scratch(slot_pong, bytes)};
+      for (int64_t group = begin; group < end; ++group)
+        for (int64_t e = group * each; e < (group + 1) * each; ++e) walk(e, 1, mine, group, e > group * each, true);
+    });
+  }
+
+  // Each layer of these members on all threads.
+  void layer_by_layer(int64_t first, int64_t count) {
+    const Tensor g = empty<4>({2, count, m.batch, row}, like);
+    char* const data = static_cast<char*>(g.mutable_data_ptr());
+    void* const both[2] = {data, data + count * m.batch * row * m.element};
+    walk(first, count, both, 0, first > 0, false);
+  }
+
+  void* sums_of(const Tensor& sums, int64_t group) const {
+    return static_cast<char*>(sums.mutable_data_ptr()) + (group - 1) * sums.stride(0) * m.element;
+  }
+
+  void add_sums(int64_t groups) {
+    for (int64_t l = 0; l < m.depth; ++l)
+      for (int64_t group = 1; m.is_shared(l) && group < groups; ++group)
+        for (auto [total, sums] : {std::pair{&weights[size_t(l)], &weight_sums[size_t(l)]},
+                                   std::pair{&biases[size_t(l)], &bias_sums[size_t(l)]}}) {
+          if (m.dtype == DType::f64)
+            add<double>(total->mutable_data_ptr(), sums_of(*sums, group), total->numel());
+          else
+            add<float>(total->mutable_data_ptr(), sums_of(*sums, group), total->numel());
+        }
+  }
+
+  template <class T>
+  static void add(void* to, const void* from, int64_t count) {
+    T* const total = static_cast<T*>(to);
+    const T* const more = static_cast<const T*>(from);
+    for (int64_t i = 0; i < count; ++i) total[i] += more[i];
+  }
+};
+
 std::vector<Tensor> ensemble_mlp_bwd(const Tensor& grad, const Tensor& x, std::vector<Tensor> weights, const Tensor& y,
                                      const Tensor& hidden, int64_t activation, int64_t last_activation, bool need_x) {
   const Model m("ensemble_mlp_bwd", x, weights, activation, last_activation);
-  const int64_t last = m.depth - 1;
-  check_like(m.op, "grad", grad, x, {m.members, m.batch, m.outputs(last)});
-  check_like(m.op, "y", y, x, {m.members, m.batch, m.outputs(last)});
-  check_like(m.op, "hidden", hidden, x, {m.hidden_size});
-  STD_TORCH_CHECK(m.hidden_size <= 1 || hidden.stride(0) == 1, m.op, ": hidden should be contiguous");
-  // What the derivative of a layer's activation is a function of.
-  auto saved = [&](int64_t l) {
-    if (m.saves_preactivation(l)) return m.z(hidden, l);
-    return m.is_last(l) ? output_of(y) : m.y(hidden, l);
-  };
-  const int64_t widest = std::max(m.widest, m.act(last) == Activation::none ? 0 : m.outputs(last));
-  const int64_t fits = m.batch * spread(widest, m.element) * m.element;
-  const int64_t threads = torch::stable::get_num_threads();
-  const bool adds_up = m.all_own || (threads == 1 && (m.dtype == DType::f32 || m.dtype == DType::f64));
-  const bool by_member = m.members >= threads && fits <= gradient_bytes && adds_up;
-
-  // g_l of each layer: its place, by member where it is no scratch.
-  std::vector<Output> g(size_t(m.depth));
-  std::vector<Tensor> keep;
-  auto place = [&](int64_t l, bool in_scratch) {
-    const int64_t ld = spread(m.outputs(l), m.element);  // everywhere: how long sums are cut depends on it
-    g[size_t(l)] = {nullptr, 0, ld, 1};
-    if (in_scratch) return;
-    keep.push_back(empty<3>({m.members, m.batch, ld}, x));
-    g[size_t(l)].data = keep.back().mutable_data_ptr(), g[size_t(l)].batch = m.batch * ld;
-  };
-  const bool sum_later = need_x && m.shared;  // dx sums over the members, which then must all have kept g_1
-  for (int64_t l = 0; l < m.depth; ++l) {
-    if (l == last && m.act(l) == Activation::none)
-      g[size_t(l)] = output_of(grad);
-    else
-      place(l, by_member && !(l == 0 && sum_later));
-  }
-
-  Gemm start;  // g_L of a last layer with an activation: only its operand A' is asked for
-  start.dtype = m.dtype;
-  start.batches = m.members, start.m = m.outputs(last), start.k = m.batch;
-  start.a = Matrices(grad).transposed().batched();
-  start.slope = m.act(last);
-  if (start.slope != Activation::none) {
-    const Output kept = saved(last);
-    start.saved = {kept.data, kept.batch, 0, kept.col, kept.row};
-  }
-
-  Tensor grad_x = need_x ? torch::stable::empty_like(x) : empty<1>({0}, x);
-  std::vector<Tensor> results = {grad_x}, grad_biases;
-  std::vector<Gemm> wgrad(size_t(m.depth)), dgrad(size_t(m.depth));
-  for (int64_t l = 0; l < m.depth; ++l) {
-    const Output& out = g[size_t(l)];
-    results.push_back(empty<3>({m.copies(l), m.outputs(l), m.inputs(l)}, x));
-    grad_biases.push_back(empty<2>({m.copies(l), m.outputs(l)}, x));
-    Gemm& w = wgrad[size_t(l)];
-    w.dtype = m.dtype;
-    w.batches = m.members, w.m = m.outputs(l), w.n = m.inputs(l), w.k = m.batch;
-    w.a = {out.data, out.batch, 0, out.col, out.row};
-    w.b = l == 0 ? Matrices(x).batched() : operand_of(m.y(hidden, l - 1));
-    w.c = output_of(results.back());
-    w.row_sums = grad_biases.back().mutable_data_ptr(), w.row_sums_batch = w.m;
-    if (m.copies(l) != m.members) {
-      w.c.batch = 0, w.row_sums_batch = 0;
-      if (!by_member) w = sum_over_members(w);
-    }
-    Gemm& d = dgrad[size_t(l)];
-    d.dtype = m.dtype;
-    d.batches = m.members, d.m = m.batch, d.n = m.inputs(l), d.k = m.outputs(l);
-    d.a = {out.data, out.batch, 0, out.row, out.col};
-    d.b = operand_of(weights[size_t(l)], m.members);
-    if (l > 0) {
-      d.c = g[size_t(l - 1)];
-      d.c_slope = m.act(l - 1);
-      if (d.c_slope != Activation::none) d.kept = saved(l - 1);
-    } else if (sum_later) {
-      d = sum_over_members(d);
-      d.c = {grad_x.mutable_data_ptr(), 0, grad_x.stride(0), grad_x.stride(1)};
-    } else if (need_x) {
-      d.c = output_of(grad_x);
-    }
-  }
-  for (Tensor& b : grad_biases) results.push_back(b);
-
-  auto transform_start = [&](int64_t e, void* to, int64_t ld) { engine().transform(start, e, to, ld); };
-  if (by_member) {
-    torch::stable::parallel_for(0, m.members, 1, [&](int64_t first, int64_t end) {
-      void* const scratch_g[2] = {scratch(slot_ping, size_t(fits) + 64), scratch(slot_pong, size_t(fits) + 64)};
-      for (int64_t e = first; e < end; ++e) {
-        if (start.slope != Activation::none) {
-          const Output& to = g[size_t(last)];
-          void* data = to.data ? static_cast<char*>(to.data) + e * to.batch * m.element : scratch_g[last % 2];
-          transform_start(e, data, to.row);
-        }
-        for (int64_t l = last; l >= 0; --l) {
-          Gemm w = part(wgrad[size_t(l)], e);
-          if (!w.a.data) w.a.data = scratch_g[l % 2];
-          w.accumulate = e > 0 && m.copies(l) != m.members;
-          run_here(w);
-          if (l == 0 && (!need_x || sum_later)) break;
-          Gemm d = part(dgrad[size_t(l)], e);
-          if (!d.a.data) d.a.data = scratch_g[l % 2];
-          if (!d.c.data) d.c.data = scratch_g[(l + 1) % 2];
-          run_here(d);
-        }
-      }
-    });
-    if (sum_later) run<1>({dgrad[0]});
-  } else {
-    if (start.slope != Activation::none) {
-      const Output& to = g[size_t(last)];
-      torch::stable::parallel_for(0, m.members, 1, [&](int64_t first, int64_t end) {
-        for (int64_t e = first; e < end; ++e)
-          transform_start(e, static_cast<char*>(to.data) + e * to.batch * m.element, to.row);
-      });
-    }
-    for (int64_t l = last; l >= 0; --l) {
-      const Gemm &w = wgrad[size_t(l)], &d = dgrad[size_t(l)];
-      if (l == 0 && !need_x)
-        run<1>({w});
-      else if (w.batches == d.batches)
-        run<2>({d, w});
-      else
-        run<1>({w}), run<1>({d});
-    }
-  }
-  return results;
+  return Backward(m, grad, x, y, hidden, need_x)();
 }
 
 }  // namespace
