@@ -44,7 +44,7 @@ def commit() -> str:
     """The git commit, marked where the working tree differs from it; "unknown" outside a checkout."""
     try:
         revision = _git("rev-parse", "--short=12", "HEAD").strip()
-        changes = _git("status", "--porcelain", "--", "effens_kernels", "csrc", "bench", "examples")
+        changes = _git("status", "--porcelain", "--", "effens_kernels", "csrc", "bench", ":!bench/results", "examples")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return f"{revision}, with uncommitted changes" if changes.strip() else revision
