@@ -3,7 +3,7 @@
     reference   plain PyTorch, every device and dtype; PyTorch's own autograd
     cpu         C++ engine (csrc/cpu), CPU tensors
     triton      Triton kernels, CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
-    cuda        CUDA C++ kernels (csrc/kernels), CUDA tensors
+    cuda        CUDA C++ kernels (csrc/kernels), CUDA tensors (CPU tensors where EFFENS_CUDA_EMULATION runs them)
 
 `backend=` of an op, else EFFENS_BACKEND, selects explicitly and never falls back: it raises and says why.
 """
@@ -30,9 +30,14 @@ _ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
 
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
-    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},  # triton: layer by layer
+    "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
 }
+
+# On GPUs, torch's own batched products are taken where none of B, I and O is below this.  A heuristic until measured
+# tables say more: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels do not
+# (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
+CUBLAS_FROM = 512
 
 
 class Problem(NamedTuple):
@@ -41,6 +46,7 @@ class Problem(NamedTuple):
     op: str
     device: str
     dtype: torch.dtype
+    smallest: int = 0  # of B, I and O
 
 
 def interpreting() -> bool:
@@ -61,11 +67,20 @@ def why_not_here(backend: str) -> str | None:
     if backend == "cuda":
         if not _native.available:
             return _native.why_not()
+        if _native.emulates_cuda:
+            return None
         if not _native.has_cuda_kernels():
             return "this build has no CUDA C++ kernels"
         if not torch.cuda.is_available():
             return "no CUDA GPU is visible"
     return None
+
+
+def takes_device(backend: str) -> str:
+    """The device of the tensors that `backend` takes in this process."""
+    if backend == "cpu" or (backend == "triton" and interpreting()) or (backend == "cuda" and _native.emulates_cuda):
+        return "cpu"
+    return "cuda"
 
 
 def why_not(backend: str, problem: Problem) -> str | None:
@@ -79,9 +94,8 @@ def why_not(backend: str, problem: Problem) -> str | None:
         )
     if problem.dtype not in dtypes:
         return f"{problem.op} has no {str(problem.dtype).removeprefix('torch.')} kernel there"
-    device = "cpu" if backend == "cpu" or (backend == "triton" and interpreting()) else "cuda"
-    if problem.device != device:
-        return f"the tensors are on {problem.device}, it takes {device} tensors"
+    if problem.device != takes_device(backend):
+        return f"the tensors are on {problem.device}, it takes {takes_device(backend)} tensors"
     return why_not_here(backend)
 
 
@@ -98,6 +112,8 @@ def select(problem: Problem, requested: str | None = None) -> str:
     """The backend that runs `problem`: the requested one, else EFFENS_BACKEND, else the first preference that can."""
     requested = _env.BACKEND if requested is None else requested
     if requested is None:
+        if problem.device == "cuda" and problem.smallest >= CUBLAS_FROM:
+            return "reference"
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:
                 return backend

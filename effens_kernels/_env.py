@@ -59,6 +59,13 @@ VARIABLES = {
         ),
         Variable("MAX_JOBS", "parallel compilations; unset: one per core", "", None, "at build"),
         Variable(
+            "EFFENS_CUDA_EMULATION",
+            "library that runs the CUDA C++ kernels on the CPU, slowly (`make emulation` builds it, for the tests)",
+            "",
+            None,
+            "at import",
+        ),
+        Variable(
             "TRITON_INTERPRET",
             "1: Triton's interpreter runs the Triton kernels on the CPU, slowly (Triton's own variable)",
             "0",

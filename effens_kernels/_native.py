@@ -42,10 +42,25 @@ def _load() -> str | None:
     return None
 
 
+def _load_emulation() -> bool:
+    """The CUDA kernels compiled for the host: another library, which implements the same operators for CPU tensors."""
+    library = _env.get("EFFENS_CUDA_EMULATION")
+    if not library or not available:
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        raise OSError(f"EFFENS_CUDA_EMULATION: {library} does not load: {error.__cause__ or error}") from error
+    return True
+
+
 _why_not = _load()
 
 available: bool = _why_not is None
 ops: Any = torch.ops.effens_kernels_native if available else None
+cuda_ops: Any = torch.ops.effens_kernels_cuda if available else None  # schemas; the kernels need not be there
+
+emulates_cuda: bool = _load_emulation()
 
 
 def why_not() -> str | None:
@@ -55,4 +70,4 @@ def why_not() -> str | None:
 
 def has_cuda_kernels() -> bool:
     """The extension was built with its CUDA kernels (which says nothing of a GPU being there)."""
-    return available and hasattr(ops, "cuda_built") and bool(ops.cuda_built())
+    return available and torch._C._dispatch_has_kernel_for_dispatch_key("effens_kernels_cuda::grouped_linear_fwd", "CUDA")

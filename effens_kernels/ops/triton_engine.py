@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._precision import uses_tf32
+
 # The interpreter computes bfloat16 products wrongly, without a word, and cuts where a GPU rounds: there every tile is
 # float32 from load to store, and `narrow` rounds.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -367,9 +369,7 @@ def capability(device: torch.device) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: "tf32" where the user allows PyTorch's own matmul that, else "ieee"."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    return "tf32" if uses_tf32(dtype) else "ieee"
 
 
 class Plan(NamedTuple):

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .._activations import ACTIVATIONS, saves_preactivation
 from .._registration import is_plain_eager, needs_grad, register, register_derivative
-from . import native
+from . import cuda, native
 
 
 def kernels(backend: str) -> ModuleType:
     """The module whose fwd and bwd run on `backend`; Triton's at first use, since Triton takes long to import."""
     if backend != "triton":
-        return native
+        return cuda if backend == "cuda" else native
     from . import triton
 
     return triton

@@ -1,4 +1,4 @@
-"""grouped_linear through the compiled extension: the C++ engine for CPU tensors, CUDA C++ for CUDA tensors."""
+"""grouped_linear on the C++ CPU engine of the compiled extension."""
 
 from __future__ import annotations
 

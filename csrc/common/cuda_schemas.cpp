@@ -1,0 +1,12 @@
+// What the CUDA kernels are called by.  In every build, with or without them: tests run them on the host (emulation), as
+// another library that brings the implementations.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
+  m.def(
+      "grouped_linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation, bool save_preactivation, bool tf32, "
+      "int tile=-1) -> (Tensor, Tensor)");
+  m.def(
+      "grouped_linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor saved, int activation, bool need_x, "
+      "bool need_weight, bool need_bias, bool tf32, int tile=-1) -> (Tensor, Tensor, Tensor)");
+}

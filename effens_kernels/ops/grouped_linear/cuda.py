@@ -1,0 +1,31 @@
+"""grouped_linear through the CUDA C++ kernels of the compiled extension: one launch forward, at most two backward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import _native
+from .._activations import ACTIVATIONS
+from .._precision import uses_tf32
+
+
+def fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save_preactivation: bool
+) -> tuple[Tensor, Tensor]:
+    code = ACTIVATIONS[activation].code
+    return _native.cuda_ops.grouped_linear_fwd.default(x, weight, bias, code, save_preactivation, uses_tf32(x.dtype))
+
+
+def bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    activation: str | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    code = ACTIVATIONS[activation].code
+    need = need_x, need_weight, need_bias
+    return _native.cuda_ops.grouped_linear_bwd.default(grad, x, weight, saved, code, *need, uses_tf32(x.dtype))
