@@ -23,7 +23,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-python test-cpp bench demo lint format config clean distclean
+.PHONY: help build test test-python test-cpp emulation bench demo lint format config clean distclean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,13 +32,15 @@ build: $(STAMPS)/build  ## set up .venv and build the extension in place
 
 test: lint test-cpp test-python  ## lint, C++ unit test, Python tests
 
-test-python: $(STAMPS)/build
+test-python: $(STAMPS)/build emulation
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-cpp: $(STAMPS)/requirements
-	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) > $(STAMPS)/cmake.log || { cat $(STAMPS)/cmake.log; exit 1; }
-	cmake --build $(CMAKE_BUILD) --target microkernel_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
+test-cpp: $(STAMPS)/cmake
+	cmake --build $(CMAKE_BUILD) --target microkernel_test emulation_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
+
+emulation: $(STAMPS)/cmake  ## the CUDA kernels for this host, which the Python tests run
+	cmake --build $(CMAKE_BUILD) --target effens_cuda_emulation $(if $(MAX_JOBS),-j $(MAX_JOBS))
 
 bench: $(STAMPS)/build  ## measure every op against its peers and print the report
 	$(PY) -m bench.report $(BENCH_ARGS)
@@ -61,7 +63,7 @@ config: $(STAMPS)/build  ## what is built, what runs here, and why not
 
 clean:  ## remove builds, keep .venv
 	rm -rf build dist *.egg-info effens_kernels/*.so .pytest_cache .ruff_cache
-	rm -f $(STAMPS)/build
+	rm -f $(STAMPS)/build $(STAMPS)/cmake
 
 distclean: clean  ## remove .venv as well
 	rm -rf $(VENV)
@@ -80,6 +82,10 @@ $(STAMPS)/venv:
 $(STAMPS)/requirements: requirements-dev.txt $(STAMPS)/venv
 	@echo "== installing requirements-dev.txt into $(VENV) (torch is large: minutes on a slow line)"
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(STAMPS)/cmake: $(STAMPS)/requirements CMakeLists.txt
+	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) > $(STAMPS)/cmake.log || { cat $(STAMPS)/cmake.log; exit 1; }
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/requirements $(BUILD_INPUTS)

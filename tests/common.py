@@ -35,16 +35,25 @@ class Runner(NamedTuple):
     isa: str | None = None
 
     def __str__(self) -> str:
-        interpreted = "interpreter" if self.interpreted else None
-        return "-".join(filter(None, (self.backend, self.isa, interpreted)))
+        where = "interpreter" if self.interpreted else "emulation" if self.emulated else None
+        return "-".join(filter(None, (self.backend, self.isa, where)))
 
     @property
     def interpreted(self) -> bool:
         return self.backend == "triton" and _dispatch.interpreting()
 
     @property
+    def emulated(self) -> bool:
+        return self.backend == "cuda" and _native.emulates_cuda
+
+    @property
+    def slow(self) -> bool:
+        """Milliseconds or more per tile."""
+        return self.interpreted or self.emulated
+
+    @property
     def device(self) -> str:
-        return "cpu" if self.backend in ("cpu", "reference") or self.interpreted else "cuda"
+        return "cpu" if self.backend == "reference" else _dispatch.takes_device(self.backend)
 
     def why_not(self) -> str | None:
         """Why it is right that this runner does not run here.  A missing extension is right only by request."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
 
-# Before any Triton kernel is decorated: without a GPU, Triton's interpreter runs the kernels on the CPU.
-# (Tests that need the real compiler start a process of their own.)
+EMULATION = Path(__file__).resolve().parent.parent / "build" / "cmake" / "effens_cuda_emulation.so"
+
+# Without a GPU, the kernels run on the CPU: Triton's in its interpreter (set before any is decorated; tests that need
+# the real compiler start a process of their own), CUDA C++ in the emulation that `make emulation` builds.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("EFFENS_CUDA_EMULATION", str(EMULATION))
 
 from common import RUNNERS, Runner, isas
 

@@ -11,6 +11,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__  // headers also say __attribute__((__noinline__))
 #define __launch_bounds__(...)
 #define __restrict__  // a checked pointer is a class and cannot be restricted
 
