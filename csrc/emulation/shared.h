@@ -52,9 +52,7 @@ class Shared : public CheckedPointer<Shared<T>, T> {
   }
   uint32_t offset() const { return uint32_t(reinterpret_cast<const char*>(begin_ + index_) - state.shared); }
 
-  [[gnu::noinline, gnu::cold]] std::string what(int accessed) const {
-    return elements(accessed, name(), index_);
-  }
+  [[gnu::noinline, gnu::cold]] std::string what(int accessed) const { return elements(accessed, name(), index_); }
 
  private:
   template <class U>
@@ -73,8 +71,8 @@ class Shared : public CheckedPointer<Shared<T>, T> {
             std::to_string(alignment) + " bytes at element " + std::to_string(index_) + " of " + name());
   }
   [[gnu::noinline, gnu::cold]] void outside(int wanted, Access access) const {
-    fault(std::string("shared ") + (access == Access::read ? "read of " : "write to ") + what(wanted) +
-          ", which has " + std::to_string(count_) + " elements");
+    fault(std::string("shared ") + (access == Access::read ? "read of " : "write to ") + what(wanted) + ", which has " +
+          std::to_string(count_) + " elements");
   }
 };
 
@@ -112,7 +110,8 @@ T atomicAdd(Shared<T> p, std::type_identity_t<T> v) {
   static_assert(sizeof(T) % 4 == 0);
   T* const element = p.bytes(sizeof(T), Access::atomic);
   for (uint32_t i = 0; i < sizeof(T); i += 4)
-    if (!emulation::shared_word(Access::atomic, (p.offset() + i) / 4)) emulation::shared_fault(Access::atomic, p.what(1));
+    if (!emulation::shared_word(Access::atomic, (p.offset() + i) / 4))
+      emulation::shared_fault(Access::atomic, p.what(1));
   const T old = *element;
   *element = old + v;
   return old;
@@ -120,8 +119,8 @@ T atomicAdd(Shared<T> p, std::type_identity_t<T> v) {
 
 }  // namespace effens::device
 
-#define EFFENS_SHARED(T, name, count)                                                                             \
-  static const char name##_key = 0;                                                                               \
-  const ::effens::device::Shared<T> name(                                                                         \
+#define EFFENS_SHARED(T, name, count)                                                                                 \
+  static const char name##_key = 0;                                                                                   \
+  const ::effens::device::Shared<T> name(                                                                             \
       reinterpret_cast<T*>(::effens::emulation::static_shared(&name##_key, sizeof(T) * size_t(count), #name)), count, \
       #name)
