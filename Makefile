@@ -37,7 +37,7 @@ test-python: $(STAMPS)/build
 
 test-cpp: $(STAMPS)/requirements
 	cmake -S . -B $(CMAKE_BUILD) -G Ninja -DPython_EXECUTABLE=$(abspath $(PY)) > $(STAMPS)/cmake.log || { cat $(STAMPS)/cmake.log; exit 1; }
-	cmake --build $(CMAKE_BUILD) --target microkernel_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
+	cmake --build $(CMAKE_BUILD) --target microkernel_test emulation_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
 bench: $(STAMPS)/build  ## measure every op against its peers and print the report
