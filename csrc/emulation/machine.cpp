@@ -1,7 +1,6 @@
 #include "machine.h"
 
 #include <bit>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -174,16 +173,6 @@ void Machine::wait_in_warp(const char* name, uint32_t mask, Combine combine, voi
 // what keeps threads from a barrier may be that others are stuck in one.
 std::exception_ptr Machine::deadlock() {
   auto exited = [this](uint32_t t) { return warps_[t / 32].exited >> t % 32 & 1; };
-  auto same = [this](uint32_t a, uint32_t b) {
-    const Wait &x = waits_[a], &y = waits_[b];
-    return x.mask == y.mask && (x.mask ? x.name == y.name && a / 32 == b / 32 : true);
-  };
-  auto name = [this](uint32_t t) {
-    const Wait& w = waits_[t];
-    char mask[40];
-    std::snprintf(mask, sizeof(mask), " with mask 0x%08x", w.mask);
-    return w.mask ? w.name + std::string(mask) : "the __syncthreads of line " + std::to_string(w.line);
-  };
   uint32_t blamed = 0, missing = 0;
   while (blamed < threads_ && (exited(blamed) || waits_[blamed].mask == 0)) ++blamed;
   if (blamed == threads_)
@@ -192,14 +181,14 @@ std::exception_ptr Machine::deadlock() {
   const uint32_t first = mask ? blamed / 32 * 32 : 0, last = mask ? first + 32 : threads_;
   for (missing = first; missing < last; ++missing) {
     if (mask && !(mask >> missing % 32 & 1)) continue;
-    if (missing >= threads_ || exited(missing) || !same(blamed, missing)) break;
+    if (missing >= threads_ || exited(missing) || !waits_[missing].is(waits_[blamed])) break;
   }
   return std::make_exception_ptr(
       Fault(place(blamed) + (mask ? "partial warp collective: " : "divergent barrier: ") + "it waits at " +
-            name(blamed) + " for " +
+            waits_[blamed].words() + " for " +
             (missing >= threads_ ? "lane " + std::to_string(missing % 32) + ", which does not exist"
              : exited(missing)   ? thread_name(missing) + ", which has exited"
-                                 : thread_name(missing) + ", which waits at " + name(missing))));
+                                 : thread_name(missing) + ", which waits at " + waits_[missing].words())));
 }
 
 // ------------------------------------------------------------------------------------------------------------ running

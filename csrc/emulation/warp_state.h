@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <string>
 
 #include "machine.h"
 
@@ -12,9 +14,17 @@ namespace effens::emulation {
 
 // Where a thread waits; mask 0 is the block's barrier.
 struct Wait {
-  const char* name = nullptr;
+  const char* name = nullptr;  // of the collective, or the file
   uint32_t mask = 0;
   int line = 0;
+
+  bool is(const Wait& other) const { return mask == other.mask && (!mask || name == other.name); }
+  std::string words() const {
+    if (!mask) return "the __syncthreads of line " + std::to_string(line);
+    char text[100];
+    std::snprintf(text, sizeof(text), "%s with mask 0x%08x", name, mask);
+    return text;
+  }
 };
 
 struct Pending {
