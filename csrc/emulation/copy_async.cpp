@@ -34,7 +34,9 @@ void copy_async(uint32_t to, const void* from, uint32_t bytes, uint32_t valid) {
   if (valid) std::memcpy(copy.data, from, valid);
 }
 
-void commit_copies() { ++queue().groups; }
+void commit_copies() {
+  ++queue().groups;
+}
 
 void wait_for_copies(uint32_t pending) {
   Queue& q = queue();

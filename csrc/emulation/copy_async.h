@@ -26,7 +26,9 @@ void cp_async(Shared<T> dst, Global<U> src, int valid_bytes = Bytes) {
   copy_async(dst.offset(), from, Bytes, uint32_t(valid_bytes));
 }
 
-inline void cp_async_commit() { emulation::commit_copies(); }
+inline void cp_async_commit() {
+  emulation::commit_copies();
+}
 
 template <int N>
 void cp_async_wait() {

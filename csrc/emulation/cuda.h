@@ -30,9 +30,13 @@ EFFENS_THREAD_LOCAL uint3 threadIdx, blockIdx;
 EFFENS_THREAD_LOCAL dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
-#define EFFENS_MIN_MAX(T)                                       \
-  constexpr inline T min(T a, T b) { return b < a ? b : a; }    \
-  constexpr inline T max(T a, T b) { return a < b ? b : a; }
+#define EFFENS_MIN_MAX(T)            \
+  constexpr inline T min(T a, T b) { \
+    return b < a ? b : a;            \
+  }                                  \
+  constexpr inline T max(T a, T b) { \
+    return a < b ? b : a;            \
+  }
 EFFENS_MIN_MAX(int)
 EFFENS_MIN_MAX(unsigned)
 EFFENS_MIN_MAX(long)
@@ -41,13 +45,25 @@ EFFENS_MIN_MAX(long long)
 EFFENS_MIN_MAX(unsigned long long)
 #undef EFFENS_MIN_MAX
 // A NaN loses, as on the device.
-inline float min(float a, float b) { return std::fmin(a, b); }
-inline float max(float a, float b) { return std::fmax(a, b); }
-inline double min(double a, double b) { return std::fmin(a, b); }
-inline double max(double a, double b) { return std::fmax(a, b); }
+inline float min(float a, float b) {
+  return std::fmin(a, b);
+}
+inline float max(float a, float b) {
+  return std::fmax(a, b);
+}
+inline double min(double a, double b) {
+  return std::fmin(a, b);
+}
+inline double max(double a, double b) {
+  return std::fmax(a, b);
+}
 
-inline float rsqrtf(float v) { return 1 / std::sqrt(v); }
-inline float __expf(float v) noexcept { return std::exp(v); }
+inline float rsqrtf(float v) {
+  return 1 / std::sqrt(v);
+}
+inline float __expf(float v) noexcept {
+  return std::exp(v);
+}
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}

@@ -54,7 +54,8 @@ Output* add_output(const void* memory, int64_t count, int64_t element_bytes, con
   }
   Output* o = outputs.free.back();
   outputs.free.pop_back();
-  *o = {begin, bytes, element_bytes, name, partial, ++outputs.serial, static_cast<char*>(std::calloc(size_t(bytes), 1))};
+  *o = {
+      begin, bytes, element_bytes, name, partial, ++outputs.serial, static_cast<char*>(std::calloc(size_t(bytes), 1))};
   if (!o->written) throw std::bad_alloc();
   outputs.active.push_back(o);
   return o;

@@ -55,7 +55,7 @@ class Global : public CheckedPointer<Global<T>, T> {
   const T* get() const {
     check(N, N, "read");
     if (output_ && output_->serial == output_serial_) [[unlikely]]
-      check_written(N);
+      check_written(*this, N);
     return begin_ + index_;
   }
   template <int N>
@@ -71,7 +71,7 @@ class Global : public CheckedPointer<Global<T>, T> {
     const int64_t wanted = (bytes + int64_t(sizeof(T)) - 1) / int64_t(sizeof(T));
     check(1, wanted, kind);
     align(alignment, kind);
-    if (output_ && output_->serial == output_serial_) check_written(wanted);
+    if (output_ && output_->serial == output_serial_) check_written(*this, wanted);
     return reinterpret_cast<const char*>(begin_ + index_);
   }
 
@@ -79,28 +79,33 @@ class Global : public CheckedPointer<Global<T>, T> {
   template <class U>
   friend class Global;
 
-  void check(int aligned, int64_t wanted, const char* kind) const {
+  [[gnu::always_inline]] void check(int aligned, int64_t wanted, const char* kind) const {
     if (index_ < 0 || index_ > count_ - wanted) [[unlikely]]
-      outside(wanted, kind);
+      outside(*this, wanted, kind);
     if (aligned > 1) align(int(sizeof(T)) * aligned, kind);
   }
-  void align(int alignment, const char* kind) const {
+  [[gnu::always_inline]] void align(int alignment, const char* kind) const {
     if (reinterpret_cast<uintptr_t>(begin_ + index_) % uintptr_t(alignment)) [[unlikely]]
-      fault("misaligned global " + std::string(kind) + " of " + std::to_string(alignment) + " bytes at element " +
-            std::to_string(index_) + " of " + name());
+      misaligned(*this, alignment, kind);
   }
   std::string name() const { return name_ ? "'" + std::string(name_) + "'" : "an argument"; }
-  [[gnu::noinline, gnu::cold]] void outside(int64_t wanted, const char* kind) const {
+
+  // These take a copy: had they the address, every access would write the pointer to memory first.
+  [[noreturn, gnu::noinline, gnu::cold]] static void outside(Global p, int64_t wanted, const char* kind) {
     const std::string what = "global " + std::string(kind) + (kind[0] == 'w' ? " to " : " of ");
-    if (!begin_) fault(what + name() + " through a null pointer");
-    fault(what + elements(int(wanted), name(), index_) + ", which has " + std::to_string(count_) + " elements");
+    if (!p.begin_) fault(what + p.name() + " through a null pointer");
+    fault(what + elements(int(wanted), p.name(), p.index_) + ", which has " + std::to_string(p.count_) + " elements");
   }
-  [[gnu::noinline, gnu::cold]] void check_written(int64_t wanted) const {
-    const char* first = output_->written + (reinterpret_cast<const char*>(begin_ + index_) - output_->begin);
+  [[noreturn, gnu::noinline, gnu::cold]] static void misaligned(Global p, int alignment, const char* kind) {
+    fault("misaligned global " + std::string(kind) + " of " + std::to_string(alignment) + " bytes at element " +
+          std::to_string(p.index_) + " of " + p.name());
+  }
+  [[gnu::noinline, gnu::cold]] static void check_written(Global p, int64_t wanted) {
+    const char* first = p.output_->written + (reinterpret_cast<const char*>(p.begin_ + p.index_) - p.output_->begin);
     const void* missing = std::memchr(first, 0, size_t(wanted) * sizeof(T));
     if (missing)
-      fault("global read of output " + name() + " at element " +
-            std::to_string(index_ + (static_cast<const char*>(missing) - first) / int64_t(sizeof(T))) +
+      fault("global read of output " + p.name() + " at element " +
+            std::to_string(p.index_ + (static_cast<const char*>(missing) - first) / int64_t(sizeof(T))) +
             ", which has not been written");
   }
 

@@ -1,7 +1,6 @@
 #include "machine.h"
 
 #include <bit>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -13,6 +12,7 @@
 #include "global.h"
 #include "order.h"
 #include "shadow.h"
+#include "warp_state.h"
 
 constinit thread_local uint3 threadIdx{}, blockIdx{};
 constinit thread_local dim3 blockDim{}, gridDim{};
@@ -26,52 +26,6 @@ namespace {
 std::string at(const uint3& i) {
   return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
 }
-
-// Where a thread waits; mask 0 is the block's barrier.
-struct Wait {
-  const char* name = nullptr;
-  uint32_t mask = 0;
-  int line = 0;
-};
-
-struct Pending {
-  const char* name;
-  Combine combine;
-  uint32_t mask, arrived;
-  void* operands[32];
-};
-
-// A warp's time is the number of its collectives since the last barrier.  seen[i][j]: what lane j did before that time
-// is over for lane i.  Collectives of the whole warp, the usual ones, only advance all_seen.
-struct Warp {
-  uint32_t exists = 0, ready = 0, exited = 0;
-  uint32_t time = 0, all_seen = 0;
-  bool partial = false;  // seen is in use
-  uint32_t seen[32][32] = {};
-  uint32_t pending_count = 0;
-  Pending pending[32];
-
-  void begin_epoch() {
-    time = all_seen = 0;
-    if (partial) std::memset(seen, 0, sizeof(seen));
-    partial = false;
-  }
-
-  void synchronize(uint32_t mask) {
-    if (++time >= 1u << 22) fault("more than four million collectives without a barrier");  // cells count no further
-    if (mask == ~0u) {
-      all_seen = time;
-      return;
-    }
-    partial = true;
-    uint32_t joint[32] = {};
-    for (uint32_t rest = mask; rest; rest &= rest - 1)
-      for (int j = 0; j < 32; ++j) joint[j] = std::max(joint[j], seen[std::countr_zero(rest)][j]);
-    for (uint32_t rest = mask; rest; rest &= rest - 1) joint[std::countr_zero(rest)] = time;
-    for (uint32_t rest = mask; rest; rest &= rest - 1)
-      std::memcpy(seen[std::countr_zero(rest)], joint, sizeof(joint));
-  }
-};
 
 class Machine {
  public:
@@ -207,7 +161,7 @@ void Machine::wait_in_warp(const char* name, uint32_t mask, Combine combine, voi
   if ((p->arrived |= state.lane_bit) == mask) {
     warp.synchronize(mask);
     combine(p->operands, mask);
-    *p = warp.pending[--warp.pending_count];
+    if (p != &warp.pending[--warp.pending_count]) *p = warp.pending[warp.pending_count];
     make_ready(state.thread / 32, mask);
   } else {
     waits_[state.thread] = {name, mask, 0};
@@ -215,20 +169,10 @@ void Machine::wait_in_warp(const char* name, uint32_t mask, Combine combine, voi
   choose_next(self);
 }
 
-// Nobody can go on.  A thread that waits is blamed, and one that it waits for is named: rather for a collective, as what
-// keeps threads from a barrier may be that others are stuck in one.
+// Nobody can go on.  A thread that waits is blamed, and one that it waits for is named: rather for a collective, as
+// what keeps threads from a barrier may be that others are stuck in one.
 std::exception_ptr Machine::deadlock() {
   auto exited = [this](uint32_t t) { return warps_[t / 32].exited >> t % 32 & 1; };
-  auto same = [this](uint32_t a, uint32_t b) {
-    const Wait &x = waits_[a], &y = waits_[b];
-    return x.mask == y.mask && (x.mask ? x.name == y.name && a / 32 == b / 32 : true);
-  };
-  auto name = [this](uint32_t t) {
-    const Wait& w = waits_[t];
-    char mask[40];
-    std::snprintf(mask, sizeof(mask), " with mask 0x%08x", w.mask);
-    return w.mask ? w.name + std::string(mask) : "the __syncthreads of line " + std::to_string(w.line);
-  };
   uint32_t blamed = 0, missing = 0;
   while (blamed < threads_ && (exited(blamed) || waits_[blamed].mask == 0)) ++blamed;
   if (blamed == threads_)
@@ -237,14 +181,14 @@ std::exception_ptr Machine::deadlock() {
   const uint32_t first = mask ? blamed / 32 * 32 : 0, last = mask ? first + 32 : threads_;
   for (missing = first; missing < last; ++missing) {
     if (mask && !(mask >> missing % 32 & 1)) continue;
-    if (missing >= threads_ || exited(missing) || !same(blamed, missing)) break;
+    if (missing >= threads_ || exited(missing) || !waits_[missing].is(waits_[blamed])) break;
   }
   return std::make_exception_ptr(
       Fault(place(blamed) + (mask ? "partial warp collective: " : "divergent barrier: ") + "it waits at " +
-            name(blamed) + " for " +
-            (missing >= threads_  ? "lane " + std::to_string(missing % 32) + ", which does not exist"
-             : exited(missing) ? thread_name(missing) + ", which has exited"
-                               : thread_name(missing) + ", which waits at " + name(missing))));
+            waits_[blamed].words() + " for " +
+            (missing >= threads_ ? "lane " + std::to_string(missing % 32) + ", which does not exist"
+             : exited(missing)   ? thread_name(missing) + ", which has exited"
+                                 : thread_name(missing) + ", which waits at " + waits_[missing].words())));
 }
 
 // ------------------------------------------------------------------------------------------------------------ running
@@ -319,7 +263,9 @@ void run(const Grid& grid) {
   machine->run(grid);
 }
 
-void barrier(const char* file, int line) { machine->wait_at_barrier(file, line); }
+void barrier(const char* file, int line) {
+  machine->wait_at_barrier(file, line);
+}
 
 void collective(const char* name, uint32_t mask, Combine combine, void* operand) {
   machine->wait_in_warp(name, mask, combine, operand);
@@ -332,7 +278,9 @@ bool happens_before(uint32_t thread, uint32_t serial) {
   return serial < warp.all_seen || serial < warp.seen[lane()][thread % 32];
 }
 
-std::string thread_name(uint32_t thread) { return "thread " + at(machine->coordinates(thread)); }
+std::string thread_name(uint32_t thread) {
+  return "thread " + at(machine->coordinates(thread));
+}
 
 std::string place(uint32_t thread) {
   const std::string kernel = machine ? machine->kernel() : "";
@@ -340,8 +288,12 @@ std::string place(uint32_t thread) {
   return kernel + ": block " + at(blockIdx) + ", " + thread_name(thread) + ": ";
 }
 
-std::string place() { return place(state.thread); }
+std::string place() {
+  return place(state.thread);
+}
 
-void fault(const std::string& what) { throw Fault(place() + what); }
+void fault(const std::string& what) {
+  throw Fault(place() + what);
+}
 
 }  // namespace effens::emulation

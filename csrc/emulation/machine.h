@@ -35,6 +35,8 @@ void collective(const char* name, uint32_t mask, Combine combine, void* operand)
 // Whether what `thread` did at its warp's time `serial`, since the last barrier, is over for the thread that runs.
 bool happens_before(uint32_t thread, uint32_t serial);
 
-inline uint32_t lane() { return state.thread % 32; }
+inline uint32_t lane() {
+  return state.thread % 32;
+}
 
 }  // namespace effens::emulation

@@ -1,6 +1,5 @@
 #include "order.h"
 
-#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -47,13 +46,6 @@ Choice Choice::current() {
   Choice choice;
   choice.order_ = setting().order, choice.state_ = setting().seed;
   return choice;
-}
-
-uint32_t Choice::bit_of(uint32_t bits) {
-  if (order_ == Order::forward) return uint32_t(std::countr_zero(bits));
-  if (order_ == Order::reverse) return uint32_t(31 - std::countl_zero(bits));
-  for (uint64_t skip = random() % uint64_t(std::popcount(bits)); skip; --skip) bits &= bits - 1;
-  return uint32_t(std::countr_zero(bits));
 }
 
 void Choice::begin_grid(uint64_t blocks) {

@@ -1,6 +1,7 @@
 // In which order threads that could go on do so, and blocks.  A kernel's results may not depend on it.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace effens::emulation {
@@ -17,7 +18,12 @@ class Choice {
   static Choice current();
 
   // The number of a bit that is set.
-  uint32_t bit_of(uint32_t bits);
+  uint32_t bit_of(uint32_t bits) {
+    if (order_ == Order::forward) return uint32_t(std::countr_zero(bits));
+    if (order_ == Order::reverse) return uint32_t(31 - std::countl_zero(bits));
+    for (uint64_t skip = random() % uint64_t(std::popcount(bits)); skip; --skip) bits &= bits - 1;
+    return uint32_t(std::countr_zero(bits));
+  }
   // Numbers the blocks of a grid: each once for i from 0 on.
   void begin_grid(uint64_t blocks);
   uint64_t block(uint64_t i) const { return uint64_t((__uint128_t(i) * step_ + start_) % blocks_); }

@@ -24,7 +24,9 @@ bool found(Finding::Kind kind, uint32_t thread) {
   return false;
 }
 
-bool over(uint32_t writer) { return happens_before(writer % max_threads, writer / max_threads); }
+bool over(uint32_t writer) {
+  return happens_before(writer % max_threads, writer / max_threads);
+}
 
 bool in_flight(const Cell& c) {
   return (c.flags & cell_copying) && c.write_epoch == 0 && c.read_epoch >= state.block_epoch;
@@ -68,7 +70,8 @@ bool read_cell(Cell& c) {
 
 bool change_cell(Cell& c, bool atomic) {
   const uint32_t writer = c.writer % max_threads;
-  if (in_flight(c) && (atomic || writer != state.thread)) return found(atomic ? Finding::copying : Finding::written, writer);
+  if (in_flight(c) && (atomic || writer != state.thread))
+    return found(atomic ? Finding::copying : Finding::written, writer);
   if (atomic && c.write_epoch < state.block_epoch) return found(Finding::unwritten, 0);
   const bool now = c.write_epoch == state.epoch, after_atomic = now && (c.flags & cell_atomic);
   if (now && !(after_atomic && !(c.flags & cell_read)) && !over(c.writer))
@@ -87,7 +90,9 @@ bool access_cell(Access access, Cell& c) {
   return access == Access::read ? read_cell(c) : change_cell(c, access == Access::atomic);
 }
 
-Cell* byte_cells(uint32_t word) { return state.cells + words + 4 * word; }
+Cell* byte_cells(uint32_t word) {
+  return state.cells + words + 4 * word;
+}
 
 }  // namespace
 
@@ -99,9 +104,13 @@ Shadow::Shadow() {
   cells_ = new (memory_ + cells_at) Cell[5 * words];
 }
 
-void Shadow::Unmap::operator()(char* p) const { munmap(p, mapped); }
+void Shadow::Unmap::operator()(char* p) const {
+  munmap(p, mapped);
+}
 
-void Shadow::clear() { std::fill(cells_, cells_ + 5 * words, Cell{}); }
+void Shadow::clear() {
+  std::fill(cells_, cells_ + 5 * words, Cell{});
+}
 
 bool shared_word(Access access, uint32_t word) {
   Cell& c = state.cells[word];

@@ -42,8 +42,9 @@ void dynamic_shared_fault(int64_t byte_offset, int64_t bytes, size_t alignment) 
   if (byte_offset % int64_t(alignment))
     fault("misaligned dynamic shared memory: byte " + std::to_string(byte_offset) + " for elements aligned to " +
           std::to_string(alignment));
-  fault("dynamic shared memory from byte " + std::to_string(byte_offset) + " to " + std::to_string(byte_offset + bytes) +
-        ", of which the launch asked for " + std::to_string(state.dynamic_shared));
+  fault("dynamic shared memory from byte " + std::to_string(byte_offset) + " to " +
+        std::to_string(byte_offset + bytes) + ", of which the launch asked for " +
+        std::to_string(state.dynamic_shared));
 }
 
 }  // namespace effens::emulation

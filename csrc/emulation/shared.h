@@ -35,14 +35,14 @@ class Shared : public CheckedPointer<Shared<T>, T> {
   const T* get() const {
     check(N, sizeof(T) * N, Access::read);
     if (!shared_read(offset(), N * sizeof(T))) [[unlikely]]
-      shared_fault(Access::read, what(N));
+      refused(*this, Access::read, N);
     return begin_ + index_;
   }
   template <int N>
   void set(const Value* v) const {
     check(N, sizeof(T) * N, Access::write);
     if (!shared_write(offset(), N * sizeof(T))) [[unlikely]]
-      shared_fault(Access::write, what(N));
+      refused(*this, Access::write, N);
     std::memcpy(begin_ + index_, v, N * sizeof(T));
   }
   // Memory that one instruction accesses in units of bytes, which the caller then records.
@@ -52,9 +52,7 @@ class Shared : public CheckedPointer<Shared<T>, T> {
   }
   uint32_t offset() const { return uint32_t(reinterpret_cast<const char*>(begin_ + index_) - state.shared); }
 
-  [[gnu::noinline, gnu::cold]] std::string what(int accessed) const {
-    return elements(accessed, name(), index_);
-  }
+  std::string what(int accessed) const { return elements(accessed, name(), index_); }
 
  private:
   template <class U>
@@ -65,16 +63,24 @@ class Shared : public CheckedPointer<Shared<T>, T> {
     return "the dynamic memory from byte " + std::to_string(reinterpret_cast<const char*>(begin_) - state.shared) +
            " on";
   }
-  void check(int wanted, size_t alignment, Access access) const {
+  [[gnu::always_inline]] void check(int wanted, size_t alignment, Access access) const {
     if (index_ < 0 || index_ > count_ - wanted) [[unlikely]]
-      outside(wanted, access);
+      outside(*this, wanted, access);
     if (alignment > sizeof(T) && offset() % alignment) [[unlikely]]
-      fault(std::string("misaligned shared ") + (access == Access::read ? "read" : "write") + " of " +
-            std::to_string(alignment) + " bytes at element " + std::to_string(index_) + " of " + name());
+      misaligned(*this, alignment, access);
   }
-  [[gnu::noinline, gnu::cold]] void outside(int wanted, Access access) const {
-    fault(std::string("shared ") + (access == Access::read ? "read of " : "write to ") + what(wanted) +
-          ", which has " + std::to_string(count_) + " elements");
+
+  // These take a copy: had they the address, every access would write the pointer to memory first.
+  [[noreturn, gnu::noinline, gnu::cold]] static void outside(Shared p, int wanted, Access access) {
+    fault(std::string("shared ") + (access == Access::read ? "read of " : "write to ") + p.what(wanted) +
+          ", which has " + std::to_string(p.count_) + " elements");
+  }
+  [[noreturn, gnu::noinline, gnu::cold]] static void misaligned(Shared p, size_t alignment, Access access) {
+    fault(std::string("misaligned shared ") + (access == Access::read ? "read" : "write") + " of " +
+          std::to_string(alignment) + " bytes at element " + std::to_string(p.index_) + " of " + p.name());
+  }
+  [[noreturn, gnu::noinline, gnu::cold]] static void refused(Shared p, Access access, int accessed) {
+    shared_fault(access, p.what(accessed));
   }
 };
 
@@ -112,7 +118,8 @@ T atomicAdd(Shared<T> p, std::type_identity_t<T> v) {
   static_assert(sizeof(T) % 4 == 0);
   T* const element = p.bytes(sizeof(T), Access::atomic);
   for (uint32_t i = 0; i < sizeof(T); i += 4)
-    if (!emulation::shared_word(Access::atomic, (p.offset() + i) / 4)) emulation::shared_fault(Access::atomic, p.what(1));
+    if (!emulation::shared_word(Access::atomic, (p.offset() + i) / 4))
+      emulation::shared_fault(Access::atomic, p.what(1));
   const T old = *element;
   *element = old + v;
   return old;
@@ -120,8 +127,8 @@ T atomicAdd(Shared<T> p, std::type_identity_t<T> v) {
 
 }  // namespace effens::device
 
-#define EFFENS_SHARED(T, name, count)                                                                             \
-  static const char name##_key = 0;                                                                               \
-  const ::effens::device::Shared<T> name(                                                                         \
+#define EFFENS_SHARED(T, name, count)                                                                                 \
+  static const char name##_key = 0;                                                                                   \
+  const ::effens::device::Shared<T> name(                                                                             \
       reinterpret_cast<T*>(::effens::emulation::static_shared(&name##_key, sizeof(T) * size_t(count), #name)), count, \
       #name)

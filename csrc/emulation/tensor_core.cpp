@@ -18,30 +18,33 @@ void distribute(void* const (&operands)[32], uint32_t) {
 }
 
 // One row of B or D.
-typedef double Row __attribute__((vector_size(64)));
+typedef float Row __attribute__((vector_size(32)));
 
-// D[16, 8] += A[16, K] B[K, 8].  Sums are exact to double precision and rounded once.
+// D[16, 8] += A[16, K] B[K, 8], in float as by the device: its order of summation is not documented.
 template <int K>
-void multiply(void* const (&operands)[32], const double (&a)[16][K], const Row (&b)[K]) {
+void multiply(void* const (&operands)[32], const float (&a)[16][K], const Row (&b)[K]) {
   Row d[16];
   auto of = [&](int lane) { return static_cast<Fragments*>(operands[lane])->d; };
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < 4; ++i) d[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2] = of(lane)[i];
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < K; ++k) d[i] += a[i][k] * b[k];
+  for (int i = 0; i < 16; ++i) {
+    Row sum = d[i];
+    for (int k = 0; k < K; ++k) sum += a[i][k] * b[k];
+    d[i] = sum;
+  }
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 4; ++i) of(lane)[i] = float(d[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2]);
+    for (int i = 0; i < 4; ++i) of(lane)[i] = d[lane / 4 + (i / 2) * 8][lane % 4 * 2 + i % 2];
 }
 
 template <class T>
-double half_of(uint32_t pair, int i) {
+float half_of(uint32_t pair, int i) {
   return device::to_float(T{uint16_t(i ? pair >> 16 : pair)});
 }
 
 // Registers of A: rows g and g + 8 in turn, then the same 8 columns further.  Of B: rows 2 t, then 8 further.
 template <class T>
 void multiply_16(void* const (&operands)[32], uint32_t) {
-  double a[16][16];
+  float a[16][16];
   Row b[16];
   for (int lane = 0; lane < 32; ++lane) {
     const Fragments& f = *static_cast<const Fragments*>(operands[lane]);
@@ -55,10 +58,12 @@ void multiply_16(void* const (&operands)[32], uint32_t) {
 }
 
 // The tensor core does not look at the 13 low bits.
-double tf32(uint32_t bits) { return device::bit_cast<float>(bits & ~uint32_t(0x1fff)); }
+float tf32(uint32_t bits) {
+  return device::bit_cast<float>(bits & ~uint32_t(0x1fff));
+}
 
 void multiply_8(void* const (&operands)[32], uint32_t) {
-  double a[16][8];
+  float a[16][8];
   Row b[8];
   for (int lane = 0; lane < 32; ++lane) {
     const Fragments& f = *static_cast<const Fragments*>(operands[lane]);
@@ -80,10 +85,14 @@ void load_matrices(const char* name, uint32_t* r, const void* row, bool transpos
 template void load_matrices<2>(const char*, uint32_t*, const void*, bool);
 template void load_matrices<4>(const char*, uint32_t*, const void*, bool);
 
-void multiply_half(Fragments f) { collective("mma_m16n8k16 of half", ~0u, multiply_16<device::half_t>, &f); }
+void multiply_half(Fragments f) {
+  collective("mma_m16n8k16 of half", ~0u, multiply_16<device::half_t>, &f);
+}
 void multiply_bfloat16(Fragments f) {
   collective("mma_m16n8k16 of bfloat16", ~0u, multiply_16<device::bfloat16_t>, &f);
 }
-void multiply_tf32(Fragments f) { collective("mma_m16n8k8_tf32", ~0u, multiply_8, &f); }
+void multiply_tf32(Fragments f) {
+  collective("mma_m16n8k8_tf32", ~0u, multiply_8, &f);
+}
 
 }  // namespace effens::emulation

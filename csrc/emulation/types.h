@@ -14,16 +14,17 @@ struct bfloat16_t {
   uint16_t bits;
 };
 
-inline float to_float(float v) { return v; }
-inline float to_float(bfloat16_t v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+inline float to_float(float v) {
+  return v;
+}
+inline float to_float(bfloat16_t v) {
+  return bit_cast<float>(uint32_t(v.bits) << 16);
+}
 inline float to_float(half_t v) {
-  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = v.bits & 0x7fff;
-  if (rest >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  if (rest < 0x400) {  // rest * 2^-24, exactly
-    const float v = float(int(rest)) * 0x1p-24f;
-    return sign ? -v : v;
-  }
-  return bit_cast<float>(sign | ((rest << 13) + ((127 - 15) << 23)));
+  // The exponent is moved by a multiplication, which is right for subnormal numbers too.
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16, rest = uint32_t(v.bits & 0x7fff) << 13;
+  const uint32_t moved = bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f);
+  return bit_cast<float>(sign | (rest >= 0x0f800000 ? rest | 0x7f800000 : moved));
 }
 
 template <class T>

@@ -51,8 +51,12 @@ inline uint32_t ballot(const char* name, uint32_t mask, bool vote) {
 }
 
 // First and last lane of the part of the warp that a shuffle of this width stays in.
-inline uint32_t first_lane(int width) { return lane() & ~uint32_t(width - 1); }
-inline uint32_t last_lane(int width) { return lane() | uint32_t(width - 1); }
+inline uint32_t first_lane(int width) {
+  return lane() & ~uint32_t(width - 1);
+}
+inline uint32_t last_lane(int width) {
+  return lane() | uint32_t(width - 1);
+}
 
 }  // namespace effens::emulation
 

@@ -75,9 +75,15 @@ __device__ __forceinline__ void store(T* p, Vector<T, N> v) {
 using half_t = __half;
 using bfloat16_t = __nv_bfloat16;
 
-__device__ __forceinline__ float to_float(float v) { return v; }
-__device__ __forceinline__ float to_float(half_t v) { return __half2float(v); }
-__device__ __forceinline__ float to_float(bfloat16_t v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(float v) {
+  return v;
+}
+__device__ __forceinline__ float to_float(half_t v) {
+  return __half2float(v);
+}
+__device__ __forceinline__ float to_float(bfloat16_t v) {
+  return __bfloat162float(v);
+}
 
 template <class T>
 __device__ T from_float(float v);

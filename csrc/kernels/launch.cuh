@@ -38,8 +38,7 @@ template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const char* name, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             stream_t stream, Arguments&&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  if (dynamic_shared_bytes > 48 * 1024)
-    allow_shared(reinterpret_cast<const void*>(kernel), name, dynamic_shared_bytes);
+  if (dynamic_shared_bytes > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel), name, dynamic_shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = dynamic_shared_bytes;
   config.stream = stream;

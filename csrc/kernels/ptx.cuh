@@ -46,7 +46,9 @@ __device__ __forceinline__ void cp_async(void* dst, const void* src) {
                  : "memory");
 }
 
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Until at most the N last groups of this thread are under way.
 template <int N>

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(Threads)
 template <class T>
 __global__ void transpose_kernel(Global<const T> x, Global<T> y, int rows, int cols) {
   constexpr int size = 32, pitch = 33;
-  EFFENS_SHARED(T, tile, size* pitch);
+  EFFENS_SHARED(T, tile, size * pitch);
   const int row = int(blockIdx.y) * size, col = int(blockIdx.x) * size;
   for (int i = int(threadIdx.y); i < size; i += 8)
     if (row + i < rows && col + int(threadIdx.x) < cols)
