@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     op: str
     device: str
     dtype: torch.dtype
-    smallest: int = 0  # of B, I and O
+    sizes: tuple[int, ...] = ()  # B, I, O
 
 
 def interpreting() -> bool:
@@ -112,7 +112,7 @@ def select(problem: Problem, requested: str | None = None) -> str:
     """The backend that runs `problem`: the requested one, else EFFENS_BACKEND, else the first preference that can."""
     requested = _env.BACKEND if requested is None else requested
     if requested is None:
-        if problem.device == "cuda" and problem.smallest >= CUBLAS_FROM:
+        if problem.device == "cuda" and problem.sizes and min(problem.sizes) >= CUBLAS_FROM:
             return "reference"
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:

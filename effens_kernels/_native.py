@@ -70,4 +70,6 @@ def why_not() -> str | None:
 
 def has_cuda_kernels() -> bool:
     """The extension was built with its CUDA kernels (which says nothing of a GPU being there)."""
-    return available and torch._C._dispatch_has_kernel_for_dispatch_key("effens_kernels_cuda::grouped_linear_fwd", "CUDA")
+    return available and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "effens_kernels_cuda::grouped_linear_fwd", "CUDA"
+    )

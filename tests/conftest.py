@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-EMULATION = Path(__file__).resolve().parent.parent / "build" / "cmake" / "effens_cuda_emulation.so"
-
 # Without a GPU, the kernels run on the CPU: Triton's in its interpreter (set before any is decorated; tests that need
 # the real compiler start a process of their own), CUDA C++ in the emulation that `make emulation` builds.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ.setdefault("EFFENS_CUDA_EMULATION", str(EMULATION))
+    emulation = Path(__file__).resolve().parent.parent / "build" / "cmake" / "effens_cuda_emulation.so"
+    os.environ.setdefault("EFFENS_CUDA_EMULATION", str(emulation))
 
 from common import RUNNERS, Runner, isas
 

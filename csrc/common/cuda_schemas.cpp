@@ -1,5 +1,5 @@
-// What the CUDA kernels are called by.  In every build, with or without them: tests run them on the host (emulation), as
-// another library that brings the implementations.
+// What the CUDA kernels are called by.  In every build, with or without them: tests run them on the host (emulation),
+// as another library that brings the implementations.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
