@@ -30,7 +30,7 @@ help:  ## this list
 
 build: $(STAMPS)/build  ## set up .venv and build the extension in place
 
-test: lint test-cpp test-python  ## lint, C++ unit test, Python tests
+test: $(STAMPS)/nvcc lint test-cpp test-python  ## lint, C++ unit tests, Python tests
 
 test-python: $(STAMPS)/build emulation
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -82,6 +82,12 @@ $(STAMPS)/venv:
 $(STAMPS)/requirements: requirements-dev.txt $(STAMPS)/venv
 	@echo "== installing requirements-dev.txt into $(VENV) (torch is large: minutes on a slow line)"
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# The tests read what nvcc makes of the CUDA kernels: a machine without it gets the one on PyPI.
+$(STAMPS)/nvcc: requirements-cuda.txt $(STAMPS)/requirements
+	@$(PY) -c 'import sys; sys.path.insert(0, "_build_backend"); import toolchain; sys.exit(not toolchain.find_nvcc())' \
+	  || $(PY) -m pip install --disable-pip-version-check -r requirements-cuda.txt
 	@touch $@
 
 $(STAMPS)/cmake: $(STAMPS)/requirements CMakeLists.txt

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,10 +27,14 @@ def find_cxx() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc under $CUDA_HOME or $CUDA_PATH, on PATH, or in /usr/local/cuda; whether a GPU is visible plays no part."""
+    """nvcc under $CUDA_HOME or $CUDA_PATH, on PATH, in /usr/local/cuda, or from PyPI (requirements-cuda.txt).
+
+    Whether a GPU is visible plays no part.
+    """
     roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [os.path.join(root, "bin", "nvcc") for root in roots]
-    return next(filter(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc"]), None)
+    pypi = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "nvcc")
+    return next(filter(shutil.which, [*candidates, "nvcc", "/usr/local/cuda/bin/nvcc", pypi]), None)
 
 
 def max_jobs() -> int:
@@ -60,7 +65,8 @@ def cuda_library_flags(nvcc: str) -> list[str]:
     """-L flags of the toolkit, from nvcc itself: nvcc may be a wrapper script, and layouts differ."""
     trace = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     match = re.search(r"^#\$ LIBRARIES=(.*)$", trace, re.MULTILINE)
-    return shlex.split(match.group(1)) if match else []
+    beside = Path(nvcc).resolve().parent.parent / "lib"  # PyPI's nvcc looks in a lib64 that its packages do not have
+    return [*(shlex.split(match.group(1)) if match else []), *([f"-L{beside}"] if beside.is_dir() else [])]
 
 
 def compile_cuda(nvcc: str, flags: list[str], sources: list[Path], headers: list[Path], out: Path) -> list[str]:

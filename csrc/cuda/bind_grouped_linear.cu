@@ -146,6 +146,15 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
   return {grad_x, grad_weight, grad_bias};
 }
 
+#if !defined(EFFENS_EMULATION)
+std::string cuda_kernels(std::string math) {
+  if (math == "fma") return device::describe_grouped_linear<float, Math::fma>();
+  if (math == "tf32") return device::describe_grouped_linear<float, Math::tf32>();
+  STD_TORCH_CHECK(math == "half", "cuda_kernels: math should be fma, tf32 or half, got ", math);
+  return device::describe_grouped_linear<device::half_t, Math::half>();
+}
+#endif
+
 }  // namespace
 }  // namespace effens::cuda
 
@@ -153,6 +162,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
 #if defined(EFFENS_EMULATION)
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CPU, m) {
 #else
+STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CompositeExplicitAutograd, m) {
+  m.impl("cuda_kernels", TORCH_BOX(&effens::cuda::cuda_kernels));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CUDA, m) {
 #endif
   m.impl("grouped_linear_fwd", TORCH_BOX(&effens::cuda::grouped_linear_fwd));

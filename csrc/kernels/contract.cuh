@@ -34,10 +34,9 @@ struct Block {
   static constexpr bool through = through_;
   static constexpr bool large = M * N >= 128 * 128, small = M * N < 64 * 64;
   static constexpr int threads = large ? 256 : small ? 64 : 128;
-  static constexpr int blocks_per_sm = large      ? 1
-                                       : small    ? 8
-                                       : through_ ? 3
-                                                  : 4;  // that registers should leave room for
+  // How many blocks the registers of a multiprocessor should leave room for.
+  static constexpr bool register_hungry = through_ || math == Math::fma;
+  static constexpr int blocks_per_sm = large ? 1 : small ? 8 : register_hungry ? 3 : 4;
 
   using TileA = Tile<T, M, K, a_along_k, threads>;
   using TileB = Tile<T, N, K, b_along_k, threads>;

@@ -17,6 +17,14 @@ template <class T, Math math, int side, bool a_along_k, bool b_along_k, bool thr
 struct Launch {
   using Shape = Block<T, math, side, side, a_along_k, b_along_k, through>;
 
+  // For people and tests: what one block takes.
+  static std::string describe() {
+    std::string line = sums ? "wgrad" : "contract";
+    for (int value : {side, int(a_along_k), int(b_along_k), int(through), Shape::threads, Shape::shared_bytes})
+      line += " " + std::to_string(value);
+    return line + "\n";
+  }
+
   static void run(const char* name, const Product<T>& p, int64_t members, stream_t stream) {
     const int64_t tiles = int64_t((p.m + side - 1) / side) * std::max((p.n + side - 1) / side, 1);
     if (members * tiles == 0) return;
@@ -74,6 +82,22 @@ void launch_grouped_linear_wgrad(const Product<T>& p, int64_t members, const Set
     launch_product<T, math, false, false, false, true>("grouped_linear_wgrad_kernel", p, members, setting);
   else
     launch_product<T, math, false, false, true, true>("grouped_linear_wgrad_kernel", p, members, setting);
+}
+
+// A line for each kernel that the launches can reach: sums or not, tile, layouts, slope, threads, shared memory.
+template <class T, Math math, bool a_along_k, bool b_along_k, bool through, bool sums>
+std::string describe_product() {
+  return Launch<T, math, 32, a_along_k, b_along_k, through, sums>::describe() +
+         Launch<T, math, 64, a_along_k, b_along_k, through, sums>::describe() +
+         Launch<T, math, 128, a_along_k, b_along_k, through, sums>::describe();
+}
+
+template <class T, Math math>
+std::string describe_grouped_linear() {
+  return describe_product<T, math, true, true, false, false>() +
+         describe_product<T, math, true, false, false, false>() +
+         describe_product<T, math, true, false, true, false>() +
+         describe_product<T, math, false, false, false, true>() + describe_product<T, math, false, false, true, true>();
 }
 
 // Each combination is compiled in a file of its own, csrc/cuda/grouped_linear_<math>.cu.
