@@ -2,37 +2,10 @@
 #include <optional>
 #include <tuple>
 
-#include "operands.h"
-
-namespace effens::device {
-
-EFFENS_GROUPED_LINEAR(extern, float, Math::fma);
-EFFENS_GROUPED_LINEAR(extern, float, Math::tf32);
-EFFENS_GROUPED_LINEAR(extern, half_t, Math::half);
-EFFENS_GROUPED_LINEAR(extern, bfloat16_t, Math::half);
-
-}  // namespace effens::device
+#include "with_math.h"
 
 namespace effens::cuda {
 namespace {
-
-using device::Math;
-
-// f(T{}, std::integral_constant<Math, math>{}) for the dtype of x.
-template <class F>
-void with_math(const char* op, const Tensor& x, bool tf32, F f) {
-  const int32_t code = dtype_code(x);
-  if (code == aoti_torch_dtype_float32() && tf32)
-    f(float{}, std::integral_constant<Math, Math::tf32>{});
-  else if (code == aoti_torch_dtype_float32())
-    f(float{}, std::integral_constant<Math, Math::fma>{});
-  else if (code == aoti_torch_dtype_float16())
-    f(device::half_t{}, std::integral_constant<Math, Math::half>{});
-  else if (code == aoti_torch_dtype_bfloat16())
-    f(device::bfloat16_t{}, std::integral_constant<Math, Math::half>{});
-  else
-    STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, float16 and bfloat16");
-}
 
 struct Sizes {
   int members, batch, inputs, outputs;
@@ -159,15 +132,13 @@ std::string cuda_kernels(std::string math) {
 }  // namespace effens::cuda
 
 // The schemas are in csrc/common/cuda_schemas.cpp, so that they are there in every build.
-#if defined(EFFENS_EMULATION)
-STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CPU, m) {
-#else
+#if !defined(EFFENS_EMULATION)
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernels", TORCH_BOX(&effens::cuda::cuda_kernels));
 }
-
-STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CUDA, m) {
 #endif
+
+STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, EFFENS_CUDA_KEY, m) {
   m.impl("grouped_linear_fwd", TORCH_BOX(&effens::cuda::grouped_linear_fwd));
   m.impl("grouped_linear_bwd", TORCH_BOX(&effens::cuda::grouped_linear_bwd));
 }

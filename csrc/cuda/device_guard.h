@@ -12,6 +12,13 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 
 namespace effens::cuda {
 
+// The dispatch key of the bindings.
+#if defined(EFFENS_EMULATION)
+#define EFFENS_CUDA_KEY CPU
+#else
+#define EFFENS_CUDA_KEY CUDA
+#endif
+
 #if defined(EFFENS_EMULATION)
 
 struct DeviceGuard {
