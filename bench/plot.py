@@ -15,7 +15,7 @@ from matplotlib.container import BarContainer
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .contestants import SUITES
-from .contestants.base import COMPILE, LOOP, OURS
+from .contestants.base import COMPILE, COMPILE_MAX, LOOP, OURS, PER_MEMBER
 from .results import Results, Row
 
 COLORS = {
@@ -24,6 +24,8 @@ COLORS = {
     "baddbmm": "#8093ad",
     "grouped_mm": "#5d7596",
     COMPILE: "#3f5878",
+    COMPILE_MAX: "#22344c",
+    PER_MEMBER: "#b9c98a",
     OURS: "#e4572e",
 }
 FALLBACK_COLOR = "#f2b59f"  # our backends other than the default one
@@ -42,8 +44,9 @@ def plot(results: Results, path: Path) -> None:
     for axis, ((suite, dtype, threads), rows) in zip(axes.flat, panels.items(), strict=True):
         handles.update(_panel(axis, rows))
         title = SUITES[suite].title if suite in SUITES else suite
+        count = f", {threads} {'thread' if threads == 1 else 'threads'}" if threads else ""  # none: on a GPU
         axis.set_title(
-            f"{title}   ({dtype}, {threads} {'thread' if threads == 1 else 'threads'})",
+            f"{title}   ({dtype}{count})",
             loc="left",
             fontsize=11,
             fontweight="bold",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 LOOP, COMPILE, OURS, LIMIT = "Python loop", "torch.compile", "effens_kernels", "limit"
+COMPILE_MAX = "torch.compile (max-autotune)"
+PER_MEMBER = "mm per member"
 
 
 class NotApplicableError(Exception):
@@ -42,9 +45,11 @@ class Contestant:
     arguments: tuple
     leaves: Sequence[Tensor]
     gradients: Callable[[], Mapping[str, Tensor]]
-    kind: str = "peer"  # "peer", "ours", "backend" (ours, but not the one that runs by default) or "limit"
+    # "peer", "ours", "backend" (ours, but not the one that runs by default), "limit", or "bound": a second limit
+    kind: str = "peer"
     note: str = ""
     backward: Callable[[Tensor, Tensor], None] = torch.autograd.backward
+    step: Callable[[], None] | None = None  # forward and backward in one call, where that is another way than both
 
     def forward(self) -> Tensor:
         return self.function(*self.arguments)
@@ -54,8 +59,8 @@ class Contestant:
         for leaf in self.leaves:
             leaf.grad = None
 
-    def compiled(self) -> Contestant:
-        return replace(self, name=COMPILE, function=torch.compile(self.function), note=f"of {self.name}")
+    def compiled(self, name: str = COMPILE, **options: str) -> Contestant:
+        return replace(self, name=name, function=torch.compile(self.function, **options), note=f"of {self.name}")
 
 
 class Product(NamedTuple):
@@ -100,6 +105,45 @@ def limit(products: Sequence[Product], dtype: torch.dtype, device: str) -> Conte
     return Contestant(LIMIT, multiply, (forward,), (), dict, kind="limit", backward=lambda *_: multiply(backward))
 
 
+def limit_per_member(products: Sequence[Product], members: int, dtype: torch.dtype, device: str) -> Contestant:
+    """The same FLOPs as one plain `torch.mm` per member: what a GEMM library does with products of that size."""
+
+    def operand(*shape: int) -> Tensor:
+        return torch.randn(members, *shape, dtype=dtype, device=device)
+
+    forward, backward = [], []
+    for rows, inputs, outputs, x_needs_gradient in products:
+        x, w, g = operand(rows // members, inputs), operand(outputs, inputs), operand(rows // members, outputs)
+        forward.append((x, w.mT, torch.empty_like(g)))
+        backward += [(g, w, torch.empty_like(x))] * x_needs_gradient + [(g.mT, x, torch.empty_like(w))]
+
+    def multiply(triples: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        for a, b, c in triples:
+            for e in range(members):
+                torch.mm(a[e], b[e], out=c[e])
+        return triples[0][-1]
+
+    return Contestant(PER_MEMBER, multiply, (forward,), (), dict, kind="bound", backward=lambda *_: multiply(backward))
+
+
+def copy_limit(forward_bytes: int, backward_bytes: int, device: str) -> Contestant:
+    """A copy of the bytes that no implementation can avoid to move, half of them read and half written."""
+
+    def buffers(count: int) -> tuple[Tensor, Tensor]:
+        source = torch.randint(256, (max(1, count // 2),), dtype=torch.uint8, device=device)
+        return source, torch.empty_like(source)
+
+    forward, backward = buffers(forward_bytes), buffers(backward_bytes)
+
+    def copy(source: Tensor, target: Tensor) -> Tensor:
+        return target.copy_(source)
+
+    def copy_backward(*_: Tensor) -> None:
+        copy(*backward)
+
+    return Contestant(LIMIT, copy, forward, (), dict, kind="limit", backward=copy_backward)
+
+
 @dataclass(frozen=True)
 class Suite:
     """Workloads of one kind, and how to build each contestant for them."""
@@ -131,7 +175,7 @@ def results(contestant: Contestant) -> dict[str, Tensor]:
     return found
 
 
-def check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float | None = None) -> None:
     """Raise NotApplicableError where `results` of a contestant differ from those of another."""
     if found.keys() != expected.keys():
         raise NotApplicableError(f"it computes {sorted(found)}, not {sorted(expected)}")
@@ -141,9 +185,14 @@ def check_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
             raise NotApplicableError(f"{name} is {list(value.shape)}, should be {list(exact.shape)}")
         difference = torch.linalg.vector_norm(value.double() - exact.double())
         scale = torch.linalg.vector_norm(exact.double())
-        if not difference <= TOLERANCE[exact.dtype] * scale:
+        if not difference <= (tolerance or TOLERANCE[exact.dtype]) * scale:
             raise NotApplicableError(f"{name} differs by {(difference / scale).item():.1g} in relative norm")
 
 
 def output_gradient(output: Tensor) -> Tensor:
-    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return _normal(output.shape).to(output, copy=True)
+
+
+@lru_cache(maxsize=1)  # large ones take longer to draw than to use
+def _normal(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,112 @@
+"""Calls every variant of the CUDA kernels once: what the sanitizers watch.
+
+python -m bench.gpu.every_kernel [--device cuda] [--quick]
+
+Tile sizes, dtypes and TF32, forward, dx, dW with db, odd and even sizes, rows that are aligned and not, shared x or one
+per member, each activation.  Results are compared with float64, so that a kernel that does nothing does not pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from effens_kernels import _dispatch, _native
+from effens_kernels.ops._activations import ACTIVATIONS
+from effens_kernels.ops.grouped_linear import reference
+from effens_kernels.testing import LinearCase, error
+
+TILES = (0, 1, 2)
+MATHS = {
+    "float32": (torch.float32, False, 1e-5),
+    "tf32": (torch.float32, True, 5e-3),
+    "float16": (torch.float16, False, 5e-3),
+    "bfloat16": (torch.bfloat16, False, 4e-2),
+}
+# 130 is more than one tile of every size, the last one nearly empty.
+CASES = (
+    LinearCase(2, 130, 33, 130, activation="relu"),
+    LinearCase(2, 96, 48, 160, activation="gelu"),
+    LinearCase(3, 17, 130, 40, shared=True, activation="silu"),
+    LinearCase(2, 64, 96, 64, shared=True),
+    LinearCase(5, 7, 24, 10, shared=True, activation="relu"),
+    LinearCase(2, 40, 264, 24, activation="tanh", x_layout="transposed"),
+    LinearCase(2, 40, 40, 40, activation="relu", x_layout="inner", weight_layout="inner"),
+    LinearCase(2, 24, 40, 48, x_layout="offset", weight_layout="offset"),
+    LinearCase(3, 1, 17, 1, activation="gelu"),
+)
+QUICK = (LinearCase(2, 9, 21, 13, shared=True, activation="gelu"), LinearCase(2, 8, 16, 24))
+TOO_LITTLE = "too little shared memory"  # an honest refusal of a tile that the GPU has no room for
+
+
+def calls(cases: tuple[LinearCase, ...], device: str) -> Iterator[tuple[str, list[torch.Tensor], list[torch.Tensor]]]:
+    """(name, results, their exact values) of one forward and backward each."""
+    for case in cases:
+        activation = ACTIVATIONS[case.activation]
+        save = activation.saves == "preactivation"
+        for math, (dtype, tf32, _) in MATHS.items():
+            # On the CPU, so that the sanitizer sees nothing but copies beside our kernels.
+            x, weight, bias = case.inputs_for(dtype, "cpu", seed=0)
+            grad = torch.randn(case.members, case.batch, case.outputs).to(dtype)
+            wide = [t.double().requires_grad_() for t in (x, weight, bias)]
+            z = reference.grouped_linear(*wide, None)
+            y = activation.apply(z)
+            exact = [y.detach(), *torch.autograd.grad(y, wide, grad.double())]
+            # What the kernels' own forward rounds would flip signs near zero of relu: backward is given the exact one.
+            saved = (z if save else y).detach().to(device, dtype)
+            for tile in TILES:
+                name = f"{case}, {math}, tile {tile}"
+                inputs = [_with_layout(t, device) for t in (x, weight)]
+                ops = _native.cuda_ops
+                try:
+                    found = ops.grouped_linear_fwd(*inputs, bias.to(device), activation.code, save, tf32, tile)[:1]
+                    found += ops.grouped_linear_bwd(
+                        grad.to(device), *inputs, saved, activation.code, True, True, True, tf32, tile
+                    )
+                except RuntimeError as refusal:
+                    if TOO_LITTLE not in str(refusal):
+                        raise
+                    print(f"{name}: {TOO_LITTLE}", flush=True)
+                    continue
+                yield name, [t.cpu() for t in found], exact
+
+
+def _with_layout(t: torch.Tensor, device: str) -> torch.Tensor:
+    """On the device with the same strides and offset, which a plain copy would not keep."""
+    room = t.untyped_storage().nbytes() // t.element_size()
+    whole = t.as_strided((room,), (1,), 0).to(device)
+    return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: in the emulation")
+    parser.add_argument("--quick", action="store_true", help="two small shapes instead of all")
+    args = parser.parse_args()
+    reason = _dispatch.why_not_here("cuda")
+    if reason is None and _dispatch.takes_device("cuda") != args.device:
+        reason = f"the CUDA kernels take {_dispatch.takes_device('cuda')} tensors here"
+    if reason is not None:
+        print(f"cannot run: {reason}", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    count, wrong = 0, []
+    for name, found, exact in calls(QUICK if args.quick else CASES, args.device):
+        count += 1
+        allowed = MATHS[name.split(", ")[1]][2]
+        wrong += [
+            f"{name}: {what} is off by {error(value, wanted):.1e}"
+            for what, value, wanted in zip(("y", "dx", "dW", "db"), found, exact)
+            if not error(value, wanted) <= allowed
+        ]
+    print(f"{count} variants called, {len(wrong)} results wrong", flush=True)
+    print(*wrong[:20], sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
