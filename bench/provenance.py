@@ -66,8 +66,20 @@ def _blas() -> str:
     return found.group(1) if found else "unknown"
 
 
+GPU_STATE = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "clocks_throttle_reasons.active")
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks and what limits them, as far as nvidia-smi tells; read, never set."""
+    return {name: _nvidia_smi(name) for name in GPU_STATE}
+
+
 def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return _nvidia_smi("driver_version")
+
+
+def _nvidia_smi(name: str) -> str:
+    query = ["nvidia-smi", f"--query-gpu={name}", "--format=csv,noheader"]
     try:
         return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0].strip()
     except (OSError, subprocess.CalledProcessError, IndexError):

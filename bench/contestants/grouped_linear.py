@@ -60,6 +60,11 @@ def _contestant(
     )
 
 
+def from_function(problem: Problem, name: str, function: Callable[..., Tensor], **labels: str) -> Contestant:
+    """function(x, weight, bias) on the problem's values."""
+    return _contestant(name, function, *_inputs(problem)[:3], **labels)
+
+
 def loop(problem: Problem) -> Contestant:
     """As with a list of `nn.Linear`: parameters of each member are tensors of their own."""
     x, weight, bias, activation = _inputs(problem)

@@ -37,7 +37,7 @@ def run(context: Context) -> None:
     begin = monotonic()
     build = subprocess.run(command(), cwd=ROOT, env={**os.environ, **environment()}, capture_output=True, text=True)
     output = build.stdout + build.stderr
-    context.data |= {"seconds of build": round(monotonic() - begin, 1), "environment": environment()}
+    context.data.update({"seconds of build": round(monotonic() - begin, 1), "environment": environment()})
     if build.returncode != 0:
         context.data["log"] = tail(output, 60)
         error = first_containing(output, ("error:", "Error:", "effens_kernels:")) or "see the log in the part's file"

@@ -32,8 +32,17 @@ def write_json(path: Path, data: Any) -> None:
     """Whole or not at all: a part may be killed at any time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.write_text(json.dumps(_rounded(data), indent=1) + "\n")
     temporary.replace(path)
+
+
+def _rounded(data: Any) -> Any:
+    """Five digits, more than a clock is good for: files stay small."""
+    if isinstance(data, float):
+        return float(f"{data:.5g}")
+    if isinstance(data, dict):
+        return {key: _rounded(value) for key, value in data.items()}
+    return [_rounded(value) for value in data] if isinstance(data, list | tuple) else data
 
 
 @dataclass

@@ -9,7 +9,6 @@ per member, each activation.  Results are compared with float64, so that a kerne
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 

@@ -32,11 +32,11 @@ def run(context: Context, tool: str) -> None:
     output = done.stdout + done.stderr
     called = re.search(r"(\d+) variants called, (\d+) results wrong", output)
     summary = re.search(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", output)
-    context.data |= {
+    context.data.update({
         "tool": f"{sanitizer} --tool {tool}" if sanitizer else "none",
         "variants": int(called[1]) if called else 0,
         "summary": summary[1] if summary else "",
-    }
+    })
     if done.returncode == 0 and called and (summary or sanitizer is None):
         return
     context.data["log"] = tail(output, 40)

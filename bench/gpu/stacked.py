@@ -1,0 +1,37 @@
+"""The parts `bench-stacked-*`: layers against their peers and limits, then the sweep for a dispatch table.
+
+Both grow row by row in the part's file; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+from .columns import COLUMNS
+from .context import Context, IncompleteError
+from .layers import describe, run_layer
+from .sweep import run_bucket
+
+LAYER_SECONDS, BUCKET_SECONDS = 45.0, 10.0  # that must be left to begin one
+
+
+def run(context: Context, column: str) -> None:
+    about = COLUMNS[column]
+    layers = context.data.setdefault("layers", {})
+    buckets = context.data.setdefault("buckets", {})
+    wanted = {describe(*row): row for row in about.rows(context.rehearsal)}
+    swept = {describe(*row): row for row in about.sweep(context.rehearsal)}
+    for n, (name, (case, precision)) in enumerate(wanted.items()):
+        if name in layers or context.left() < LAYER_SECONDS * (not context.rehearsal):
+            continue
+        layers[name] = run_layer(about, case, precision, context, len(wanted) - n - 1)
+        context.save()
+    for name, (case, precision) in swept.items():
+        if name in buckets or context.left() < BUCKET_SECONDS * (not context.rehearsal):
+            continue
+        buckets[name] = run_bucket(case, precision, context.device, about.cold)
+        context.save()
+    missing = len(wanted) + len(swept) - len(layers) - len(buckets)
+    if missing:
+        raise IncompleteError(
+            f"{len(layers)} of {len(wanted)} layers and {len(buckets)} of {len(swept)} buckets fitted in the time; "
+            "the next call goes on from here"
+        )
