@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import fill
 
@@ -32,7 +33,9 @@ FALLBACK_COLOR = "#f2b59f"  # our backends other than the default one
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 
 
-def plot(results: Results, path: Path) -> None:
+def plot(results: Results, path: Path, titles: Mapping[str, str] | None = None) -> None:
+    """`titles`: of suites that are not in the table of suites."""
+    titles = {name: suite.title for name, suite in SUITES.items()} | dict(titles or {})
     panels: dict[tuple[str, str, int], list[Row]] = {}
     for row in results.rows:
         panels.setdefault((row.suite, row.dtype, row.threads), []).append(row)
@@ -43,7 +46,7 @@ def plot(results: Results, path: Path) -> None:
     handles: dict[str, BarContainer] = {}
     for axis, ((suite, dtype, threads), rows) in zip(axes.flat, panels.items(), strict=True):
         handles.update(_panel(axis, rows))
-        title = SUITES[suite].title if suite in SUITES else suite
+        title = titles.get(suite, suite)
         count = f", {threads} {'thread' if threads == 1 else 'threads'}" if threads else ""  # none: on a GPU
         axis.set_title(
             f"{title}   ({dtype}{count})",

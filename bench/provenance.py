@@ -66,7 +66,14 @@ def _blas() -> str:
     return found.group(1) if found else "unknown"
 
 
-GPU_STATE = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "clocks_throttle_reasons.active")
+GPU_STATE = (
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "power.limit",
+    "temperature.gpu",
+    "clocks_throttle_reasons.active",
+)
 
 
 def gpu_state() -> dict[str, str]:

@@ -97,10 +97,10 @@ class Results:
         data = json.loads(path.read_text())
         if data.get("schema") != SCHEMA:
             raise ValueError(f"{path} has schema {data.get('schema')}, this program reads {SCHEMA}")
-        return cls(data["provenance"], [_row(row) for row in data["rows"]])
+        return cls(data["provenance"], [row_of(row) for row in data["rows"]])
 
 
-def _row(data: dict[str, Any]) -> Row:
+def row_of(data: dict[str, Any]) -> Row:
     entries = []
     for entry in data["entries"]:
         timing = entry["timing"] and Timing(**{measure: Stat(**entry["timing"][measure]) for measure in MEASURES})

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ..contestants import Contestant
@@ -16,6 +17,7 @@ from ..timing import Stat, clock
 # Work of the GPU that is no kernel.
 NO_KERNEL = re.compile(r"Memcpy|Memset|.*\bSync\b")
 REPEATS = {"cuda": 500, "cpu": 2}
+HOST_SECONDS = 0.5  # for one contestant, where steps are long
 PER_WAIT = {"cuda": 20, "cpu": 1}  # calls: a full launch queue would make the host wait
 
 
@@ -60,7 +62,9 @@ class _recording:
         self.names += [
             event.name
             for event in self.profile.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA and not NO_KERNEL.match(event.name)
+            if event.device_type == DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
+            and not NO_KERNEL.match(event.name)
         ]
 
 
@@ -69,7 +73,12 @@ def host_seconds(contestant: Contestant, device: str) -> dict[str, dict[str, flo
     ticks = clock(device)
     gradient = output_gradient(contestant.forward().detach())
     forward, backward = [], []
-    for n in range(REPEATS[device] + PER_WAIT[device]):  # the first ones warm up
+    ticks.wait()
+    begin = perf_counter()
+    contestant.backward(contestant.forward(), gradient)
+    ticks.wait()
+    repeats = min(REPEATS[device], max(2, round(HOST_SECONDS / (perf_counter() - begin))))
+    for n in range(repeats + PER_WAIT[device]):  # the first ones warm up
         contestant.clear()
         if n % PER_WAIT[device] == 0:
             ticks.wait()

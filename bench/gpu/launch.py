@@ -22,7 +22,7 @@ KILL_SECONDS = 10.0
 def launch(part: Part, store: Store, device: str, seconds: float, compile: bool = True) -> dict[str, Any]:
     """The part's record, as it is in its file."""
     before = store.load(part) or {}
-    store.save(part, {"status": "running", "data": before.get("data", {})})
+    store.save(part, {"status": "running", "data": before.get("data", {}) if part.resumes else {}})
     path = store.path(part)
     command = [sys.executable, "-m", "bench.gpu.worker", part.name, str(path.resolve()), "--device", device]
     command += ["--seconds", str(seconds)] + ["--no-compile"] * (not compile)
@@ -60,9 +60,12 @@ def launch(part: Part, store: Store, device: str, seconds: float, compile: bool 
 
 
 def environment(part: Part, device: str) -> dict[str, str]:
-    """On a GPU the caller's.  In a rehearsal what stands in for the GPU, which one part must not slow down in another."""
+    """The caller's, without what would replace the GPU's kernels; in a rehearsal with it, where a part asks for it."""
     found = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if device == "cpu":
+    if device == "cuda":
+        for name in ("TRITON_INTERPRET", "EFFENS_CUDA_EMULATION", "EFFENS_BACKEND"):
+            found.pop(name, None)
+    else:
         found["TRITON_INTERPRET"] = "1" if "triton" in part.arguments else "0"
         if EMULATION.exists():
             found.setdefault("EFFENS_CUDA_EMULATION", str(EMULATION))

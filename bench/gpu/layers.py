@@ -17,7 +17,7 @@ from ..graphs import SUFFIX, graphed
 from ..results import Entry, Row
 from ..runner import Lineup, fastest_first
 from ..timing import measure
-from .cold import evict_l2
+from .cold import evict_l2, release_memory
 from .columns import Column, moved_bytes
 from .context import Context
 from .counts import host_seconds, launches
@@ -45,21 +45,22 @@ def bmm_then_bias(problem: Problem) -> Contestant:
     return stacked.from_function(problem, "bmm + bias", function)
 
 
-def run_layer(column: Column, case: LinearCase, name: str, context: Context, rows_left: int) -> dict[str, Any]:
-    """{"eager": Row, "graphed": Row, "bytes": ..., "counts": ...}; `rows_left` share the part's time."""
+def run_layer(column: Column, case: LinearCase, name: str, context: Context, reserved: float) -> dict[str, Any]:
+    """{"eager": Row, "graphed": Row, "bytes": ..., "counts": ...}; `reserved`: seconds for what comes after."""
+    release_memory()
     with precision(name) as dtype:
-        return _run_layer(column, suite(column), Problem(case, dtype, context.device), name, context, rows_left)
+        return _run_layer(column, suite(column), Problem(case, dtype, context.device), name, context, reserved)
 
 
 def _run_layer(
-    column: Column, about: Suite, problem: Problem, name: str, context: Context, rows_left: int
+    column: Column, about: Suite, problem: Problem, name: str, context: Context, reserved: float
 ) -> dict[str, Any]:
     case, device = problem.workload, problem.device
     lineup = Lineup(TOLERANCE.get(name))
     torch.compiler.reset()  # what was compiled for other shapes makes torch.compile generalize
     for peer, build in about.peers.items():
         lineup.admit(peer, lambda build=build: build(problem))
-    _admit_compiled(lineup, context, rows_left)
+    _admit_compiled(lineup, context, reserved)
     for ours in about.ours(problem):
         lineup.admit(ours.name, lambda ours=ours: ours, ours.kind)
     for limit in _limits(column, about, problem):
@@ -84,7 +85,7 @@ def _run_layer(
     }
 
 
-def _admit_compiled(lineup: Lineup, context: Context, rows_left: int) -> None:
+def _admit_compiled(lineup: Lineup, context: Context, reserved: float) -> None:
     """torch.compile of the fastest eager peer that compiles, and of the same with more choices tried."""
     if not context.compile:
         lineup.refuse(COMPILE, "peer", "left out by request")
@@ -97,7 +98,7 @@ def _admit_compiled(lineup: Lineup, context: Context, rows_left: int) -> None:
             break
     if compiled is None or context.rehearsal:
         lineup.refuse(COMPILE_MAX, "peer", "needs a GPU" if context.rehearsal else lineup.entries[COMPILE].reason)
-    elif context.left() < AUTOTUNE_SECONDS * (1 + rows_left / 2):
+    elif context.left() < AUTOTUNE_SECONDS + reserved:
         lineup.refuse(COMPILE_MAX, "peer", "not tried: too little of the part's time was left")
     else:
         options = {"mode": "max-autotune-no-cudagraphs"}

@@ -22,6 +22,7 @@ class Part:
     seconds: float = 240.0  # that it usually takes: less left, and it is not begun
     sources: tuple[str, ...] = PACKAGE
     needs_extension: bool = True
+    resumes: bool = False  # what an interrupted run has measured is kept
 
     def run(self) -> Callable[..., None]:
         module, function = self.function.split(":")
@@ -51,7 +52,7 @@ PARTS: dict[str, Part] = {
         Part("racecheck", "every kernel, shared memory watched", "sanitizer:run", ("racecheck",), 240, BENCH),
         Part("ceilings", "copy bandwidth, GEMM rates", "ceilings:run", (), 30, ("bench",), needs_extension=False),
         *(
-            Part(f"bench-stacked-{name}", column.title, "stacked:run", (name,), 90, BENCH)
+            Part(f"bench-stacked-{name}", column.title, "stacked:run", (name,), 90, BENCH, resumes=True)
             for name, column in COLUMNS.items()
         ),
     )

@@ -11,6 +11,7 @@ from .layers import describe, run_layer
 from .sweep import run_bucket
 
 LAYER_SECONDS, BUCKET_SECONDS = 45.0, 10.0  # that must be left to begin one
+SWEPT_SECONDS = 4.0  # a bucket's, on average
 
 
 def run(context: Context, column: str) -> None:
@@ -22,7 +23,9 @@ def run(context: Context, column: str) -> None:
     for n, (name, (case, precision)) in enumerate(wanted.items()):
         if name in layers or context.left() < LAYER_SECONDS * (not context.rehearsal):
             continue
-        layers[name] = run_layer(about, case, precision, context, len(wanted) - n - 1)
+        # So much is kept for the layers to come, and for the sweep, that this one does not take to try choices.
+        reserved = LAYER_SECONDS * (len(wanted) - n) + SWEPT_SECONDS * len(swept)
+        layers[name] = run_layer(about, case, precision, context, reserved)
         context.save()
     for name, (case, precision) in swept.items():
         if name in buckets or context.left() < BUCKET_SECONDS * (not context.rehearsal):

@@ -17,7 +17,7 @@ from ..graphs import SUFFIX, graphed
 from ..results import MEASURES
 from ..runner import Lineup
 from ..timing import measure
-from .cold import evict_l2
+from .cold import evict_l2, release_memory
 from .precision import TOLERANCE, precision
 from .tiled import TILES, tiled
 
@@ -33,6 +33,7 @@ def bucket(case: LinearCase) -> dict[str, int]:
 
 
 def run_bucket(case: LinearCase, name: str, device: str, cold: bool) -> dict[str, Any]:
+    release_memory()
     with precision(name) as dtype:
         problem = Problem(case, dtype, device)
         lineup = Lineup(TOLERANCE.get(name))
