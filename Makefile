@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv on a fresh machine with Python >= 3.10 and a C++ compiler.
 #   make test    PYTHON=python3.12 make test    MAX_JOBS=4 make build
+# But for gpu-report: that takes a python3 whose torch sees a GPU as it is (GPU_PYTHON=... chooses another).
 #
 # Stamps under .venv/.stamps remember what is done: a changed requirement reinstalls, a changed C++ source rebuilds.
 
@@ -16,6 +17,10 @@ CMAKE_BUILD := build/cmake
 
 CXX_SOURCES    := $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD_INPUTS   := setup.py pyproject.toml $(wildcard _build_backend/*.py) $(CXX_SOURCES)
+# The GPU report runs on the machine's own Python where its torch sees a GPU, else in .venv.
+SYSTEM_PYTHON := $(shell command -v python3)
+GPU_PYTHON    ?= $(shell $(or $(SYSTEM_PYTHON),false) -c 'import torch; exit(not torch.cuda.is_available())' 2> /dev/null \
+                   && echo $(SYSTEM_PYTHON) || echo $(PY))
 # Tools of the environment (ninja, cmake) are found without activating it.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -23,7 +28,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-python test-cpp emulation bench demo lint format config clean distclean
+.PHONY: help build test test-python test-cpp emulation bench gpu-report demo lint format config clean distclean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +49,10 @@ emulation: $(STAMPS)/cmake  ## the CUDA kernels for this host, which the Python 
 
 bench: $(STAMPS)/build  ## measure every op against its peers and print the report
 	$(PY) -m bench.report $(BENCH_ARGS)
+
+gpu-report:  ## on a machine with a GPU: build, test, check and measure, in parts that can be resumed
+	@python=$(GPU_PYTHON); if [ "$$python" = "$(PY)" ]; then $(MAKE) build; fi; \
+	  echo "== $$python -m bench.gpu $(GPU_REPORT_ARGS)"; $$python -m bench.gpu $(GPU_REPORT_ARGS)
 
 demo: $(STAMPS)/build  ## train the ensembles of the example on real data
 	$(PY) examples/forum_ensembles.py $(DEMO_ARGS)

@@ -23,17 +23,23 @@ COLORS = {
     LOOP: "#c9ced6",
     "vmap": "#a9b4c4",
     "baddbmm": "#8093ad",
+    "bmm + bias": "#6b84a3",
     "grouped_mm": "#5d7596",
     COMPILE: "#3f5878",
     COMPILE_MAX: "#22344c",
     PER_MEMBER: "#b9c98a",
     OURS: "#e4572e",
+    f"{OURS} (cuda)": "#ee8a6b",
+    f"{OURS} (triton)": "#f3a98f",
 }
-FALLBACK_COLOR = "#f2b59f"  # our backends other than the default one
+FALLBACK_COLOR = "#f9d3c5"  # our other backends
+LEGEND_COLUMNS = 7
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 
 
-def plot(results: Results, path: Path, titles: Mapping[str, str] | None = None) -> None:
+def plot(
+    results: Results, path: Path, titles: Mapping[str, str] | None = None, limit: str = "plain matrix products"
+) -> None:
     """`titles`: of suites that are not in the table of suites."""
     titles = {name: suite.title for name, suite in SUITES.items()} | dict(titles or {})
     panels: dict[tuple[str, str, int], list[Row]] = {}
@@ -55,10 +61,14 @@ def plot(results: Results, path: Path, titles: Mapping[str, str] | None = None) 
             fontweight="bold",
         )
     order = sorted(handles, key=_rank)
-    figure.legend([handles[name] for name in order], order, loc="outside upper center", ncols=len(order), frameon=False)
-    figure.supylabel(
-        "forward + backward, time relative to plain matrix products (log scale, lower is better)", fontsize=10
+    figure.legend(
+        [handles[name] for name in order],
+        order,
+        loc="outside upper center",
+        ncols=min(len(order), LEGEND_COLUMNS),
+        frameon=False,
     )
+    figure.supylabel(f"forward + backward, time relative to {limit} (log scale, lower is better)", fontsize=10)
     facts = results.provenance
     figure.text(
         1,

@@ -67,9 +67,9 @@ def _run_layer(
         lineup.add(limit)
     for contestant in list(lineup.runnable):
         if contestant.kind in ("limit", "bound"):
-            _add_graph(lineup, contestant)
+            _add_graph(lineup, contestant, device)
         else:
-            lineup.admit(contestant.name + SUFFIX, lambda c=contestant: graphed(c), contestant.kind)
+            lineup.admit(contestant.name + SUFFIX, lambda c=contestant: graphed(c, device), contestant.kind)
     counted = [c for c in lineup.runnable if not c.name.endswith(SUFFIX) and c.kind in ("ours", "backend", "peer")]
     counts = {c.name: {"launches": launches(c, device), "host": host_seconds(c, device)} for c in counted}
     timings = measure(
@@ -113,9 +113,9 @@ def _limits(column: Column, about: Suite, problem: Problem) -> list[Contestant]:
     return [per_member, about.limit(problem)]
 
 
-def _add_graph(lineup: Lineup, contestant: Contestant) -> None:
+def _add_graph(lineup: Lineup, contestant: Contestant, device: str) -> None:
     try:
-        lineup.add(graphed(contestant))
+        lineup.add(graphed(contestant, device))
     except (NotApplicableError, RuntimeError) as error:
         lineup.refuse(contestant.name + SUFFIX, contestant.kind, str(error).splitlines()[0])
 

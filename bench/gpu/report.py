@@ -60,7 +60,8 @@ def rows(records: dict[str, dict[str, Any]], column: str, mode: str) -> list[Row
 
 
 def title(column: str, mode: str) -> str:
-    return f"{COLUMNS[column].title}, {TITLES[mode]}"
+    limit = "a copy of the same bytes" if COLUMNS[column].limit == "copy" else "plain products"
+    return f"{COLUMNS[column].title}, {TITLES[mode]}; limit: {limit}"
 
 
 def _plot(records: dict[str, dict[str, Any]], path: Path) -> tuple[Path | None, str]:
@@ -73,5 +74,5 @@ def _plot(records: dict[str, dict[str, Any]], path: Path) -> tuple[Path | None, 
         return None, f"no plot: {error}"
     image = path.with_suffix(".png")
     titles = {f"stacked-{column}-{mode}": title(column, mode) for column in COLUMNS for mode in MODES}
-    plot(Results(provenance(records), found), image, titles)
+    plot(Results(provenance(records), found), image, titles, "the limit")
     return image, ""

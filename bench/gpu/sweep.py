@@ -42,7 +42,7 @@ def run_bucket(case: LinearCase, name: str, device: str, cold: bool) -> dict[str
         for tile in TILES:
             lineup.admit(f"cuda tile {tile}", lambda tile=tile: tiled(problem, tile), "backend")
         for contestant in list(lineup.runnable):
-            lineup.admit(contestant.name + SUFFIX, lambda c=contestant: graphed(c), "backend")
+            lineup.admit(contestant.name + SUFFIX, lambda c=contestant: graphed(c, device), "backend")
         before = evict_l2(device if cold else "cpu")
         timings = measure(lineup.runnable, SECONDS[device], device, ROUNDS[device], before=before)
     seconds: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in MODES}

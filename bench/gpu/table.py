@@ -13,6 +13,7 @@ from . import goals, report
 from .columns import COLUMNS
 from .layers import MODES
 from .parts import PARTS
+from .precision import PRECISIONS
 from .store import PASSED
 
 STYLES = {PASSED: "green", "not run": "dim", "incomplete": "yellow", "unavailable": "yellow"}
@@ -61,8 +62,8 @@ def reached(console: Console, records: dict[str, dict[str, Any]]) -> None:
 
 def ceilings(console: Console, records: dict[str, dict[str, Any]]) -> None:
     data = records.get("ceilings", {}).get("data", {})
-    if data:
-        rates = [f"{name} {data[name]['TFLOP/s']:.3g} TFLOP/s" for name in data if name != "copy"]
+    if "copy" in data:
+        rates = [f"{name} {data[name]['TFLOP/s']:.3g} TFLOP/s" for name in PRECISIONS if name in data]
         console.print(f"Measured: copy {data['copy']['TB/s']:.3g} TB/s; products: {', '.join(rates)}", markup=False)
 
 

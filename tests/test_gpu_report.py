@@ -1,0 +1,260 @@
+"""The GPU report without a GPU: parts run, resume and merge, and what fails is seen and sets the exit status."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from common import ROOT, Runner
+
+from bench.gpu import columns, goals, launch, parts, report, stacked, store, suite
+from bench.gpu.__main__ import main
+from bench.gpu.context import Context, IncompleteError, PartError, UnavailableError
+
+pytest.importorskip("rich", reason="the report's tables need rich")
+FAST = ["ceilings"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """The command with a folder of its own; returns its exit status and what it printed."""
+    monkeypatch.setattr(report, "_plot", lambda records, path: (None, "left out by the test"))
+
+    def call(*arguments: str, names: list[str] = FAST) -> tuple[int, str]:
+        status = main(["--dry", "--output", str(tmp_path), "--part", *names, *arguments])
+        return status, capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def instead(monkeypatch):
+    """Runs a function instead of the processes of parts: function(context, *arguments of the part)."""
+
+    def replace(function) -> list[str]:
+        begun = []
+
+        def fake(part, where, device, seconds, compile):
+            begun.append(part.name)
+            before = (where.load(part) or {}).get("data", {}) if part.resumes else {}
+            record = {"status": "passed", "reason": "", "seconds": 0.0, "date": store.now(), "data": before}
+            try:
+                function(part, Context(device, seconds, None, record, compile=False))
+            except PartError as error:
+                record |= {"status": error.status, "reason": str(error)}
+            where.save(part, record)
+            return record
+
+        monkeypatch.setattr("bench.gpu.__main__.launch", fake)
+        return begun
+
+    return replace
+
+
+def the_report(folder) -> dict:
+    (path,) = folder.glob("*/report-*.json")
+    return json.loads(path.read_text())
+
+
+def test_a_part_runs_is_skipped_and_runs_again(run, tmp_path):
+    status, said = run()
+    assert status == 0, said
+    assert "ceilings: passed" in said
+    found = the_report(tmp_path)
+    assert found["status"]["ceilings"] == "passed"
+    assert found["status"]["build"] == "not run"
+    assert found["parts"]["ceilings"]["data"]["copy"]["TB/s"] > 0
+    assert found["provenance"]["versions"]["torch"]
+    assert found["provenance"]["commit"]
+    assert run("--list")[0] == 0
+    before = found["parts"]["ceilings"]["date"], found["parts"]["ceilings"]["seconds"]
+    status, said = run()
+    assert status == 0
+    assert "ceilings: passed after" not in said
+    again = the_report(tmp_path)["parts"]["ceilings"]
+    assert (again["date"], again["seconds"]) == before
+
+
+def test_a_report_is_enough_to_resume(run, tmp_path, instead):
+    begun = instead(lambda part, context: context.data.update(note="measured"))
+    assert run()[0] == 0
+    (record,) = tmp_path.glob("*/parts/ceilings.json")
+    record.unlink()
+    status, said = run()
+    assert status == 0
+    assert "taken from an earlier report: ceilings" in said
+    assert begun == ["ceilings"]
+    assert run("--again")[0] == 0
+    assert begun == ["ceilings", "ceilings"]
+
+
+def test_a_record_holds_for_its_sources_device_and_torch(tmp_path):
+    part = parts.PARTS["ceilings"]
+    here = store.Store(tmp_path, "a device", "2.11")
+    here.save(part, {"status": "passed"})
+    assert here.load(part)
+    assert store.Store(tmp_path, "another", "2.11").load(part) is None
+    assert store.Store(tmp_path, "a device", "2.12").load(part) is None
+    here.save(part, {"status": "passed", "key": {**here.key(part), "sources": "others"}})
+    assert here.load(part) is None
+
+
+@pytest.mark.parametrize("error", [PartError, UnavailableError, IncompleteError])
+def test_what_did_not_pass_is_shown_with_its_reason(error, run, instead, tmp_path):
+    def fail(part, context):
+        raise error("of this reason")
+
+    instead(fail)
+    status, said = run()
+    assert status == 1
+    assert "of this reason" in said
+    assert the_report(tmp_path)["status"]["ceilings"] == error.status
+
+
+def test_a_process_that_dies_is_a_failure(run, tmp_path, monkeypatch):
+    """Before the part begins: the package does not import."""
+    monkeypatch.setenv("EFFENS_CUDA_EMULATION", "/nowhere.so")
+    status, said = run()
+    assert status == 1
+    assert "/nowhere.so does not load" in said
+    assert the_report(tmp_path)["parts"]["ceilings"]["status"] == "failed"
+
+
+def test_a_part_that_takes_too_long_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.0)
+    part, here = parts.PARTS["ceilings"], store.Store(tmp_path, "a device", "2.11")
+    record = launch.launch(part, here, "cpu", 0.05)
+    assert record["status"] == "timeout"
+    assert "stopped after" in here.load(part)["reason"]
+
+
+def test_a_budget_begins_no_part_that_would_not_fit(run, instead):
+    begun = instead(lambda part, context: None)
+    status, said = run("--budget", "1")
+    assert status == 1
+    assert begun == []
+    assert "not begun: it takes about" in said
+
+
+def test_a_part_that_needs_the_extension_builds_first(run, instead):
+    begun = instead(lambda part, context: None)
+    assert run(names=["memcheck"])[0] == 0
+    assert begun == ["build", "memcheck"]
+
+
+@pytest.mark.skipif(not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels")
+def test_bench_parts_measure_and_go_on(run, instead, tmp_path, monkeypatch):
+    monkeypatch.setattr("effens_kernels._dispatch.BACKENDS", ("reference", "cpu", "cuda"))  # Triton is interpreted here
+    names = [f"bench-stacked-{name}" for name in columns.COLUMNS]
+
+    def measure(part, context):
+        if part.name in names:
+            stacked.run(context, *part.arguments)
+
+    instead(measure)
+    real = stacked.run_bucket
+    monkeypatch.setattr(stacked, "run_bucket", lambda *_: pytest.fail("no time"))
+    monkeypatch.setattr(columns.Column, "sweep", lambda self, rehearsal: iter(()))
+    assert run(names=names)[0] == 0
+    found = the_report(tmp_path)
+    lines = {(line["column"], line["goal"]) for line in found["goals"]}
+    assert {("launch", "kernels, forward"), ("compute", "mm per member / ours")} <= lines
+    assert all(line["verdict"] in ("met", "missed", "not measured", "") for line in found["goals"])
+    for name in names:
+        (layer,) = found["parts"][name]["data"]["layers"].values()
+        timed = {entry["name"] for entry in layer["eager"]["entries"] if entry["timing"]}
+        assert {"Python loop", "baddbmm", "bmm + bias", "effens_kernels", "effens_kernels (cuda)", "limit"} <= timed
+        graphs = {entry["reason"] for entry in layer["graphed"]["entries"]}
+        assert graphs == {"CUDA graphs need a GPU"}
+
+    monkeypatch.undo()
+    monkeypatch.setattr("bench.gpu.sweep.BACKENDS", {"torch": "reference", "cuda": "cuda"})
+    case, precision = next(columns.LAUNCH.sweep(True))
+    bucket = real(case, precision, "cpu", False)
+    assert {"torch", "cuda", "cuda tile 0", "cuda tile 1", "cuda tile 2"} <= set(bucket["seconds"]["eager"])
+    assert bucket["fastest"]["eager"]["total"] in bucket["seconds"]["eager"]
+    assert (bucket["E"], bucket["B"]) == (2, 4)
+
+
+def test_an_interrupted_bench_part_keeps_its_rows():
+    context = Context("cuda", 0.0, None)  # no time at all: nothing is begun, and the GPU is not touched
+    done = stacked.describe(*columns.LAUNCH.rows(False)[0])
+    context.data["layers"] = {done: {}}
+    with pytest.raises(IncompleteError, match="1 of 7 layers and 0 of 16 buckets"):
+        stacked.run(context, "launch")
+
+
+def test_goals_tell_what_was_reached():
+    def entry(name: str, kind: str, milliseconds: float, note: str = "") -> dict:
+        stat = {"median": milliseconds * 1e-3, "p20": 1e-3, "p80": 1e-3, "count": 1}
+        timing = {"forward": stat, "backward": stat, "total": stat}
+        return {"name": name, "kind": kind, "note": note, "timing": timing, "reason": ""}
+
+    entries = [
+        entry("Python loop", "peer", 20.0),
+        entry("baddbmm", "peer", 3.0),
+        entry("torch.compile", "peer", 1.5),
+        entry("effens_kernels", "ours", 2.0, "backend cuda"),
+        entry("effens_kernels (triton)", "backend", 1.0, "backend triton"),
+        entry("limit", "limit", 1.0),
+    ]
+    row = {"suite": "s", "workload": "w", "dtype": "float32", "threads": 0, "forward_flops": 1, "backward_flops": 2}
+    layer = {
+        "eager": {**row, "entries": entries},
+        "graphed": {**row, "entries": []},
+        "case": {"members": 10, "batch": 2},
+        "bytes": [2_000_000, 4_000_000],
+        "counts": {"effens_kernels": {"launches": {"forward": 1, "backward": 4}, "host": {}}},
+    }
+    records = {f"bench-stacked-{name}": {"data": {"layers": {"w": layer}, "buckets": {}}} for name in columns.COLUMNS}
+    records["ceilings"] = {"data": {"copy": {"TB/s": 0.002}}}
+    lines = {line.goal: line for line in goals.lines(records)}
+    assert lines["kernels, forward"].verdict == "met"
+    assert lines["kernels, backward"].verdict == "missed"
+    assert lines["loop / ours"].reached == {"automatic": 10.0, "cuda": 10.0, "triton": 20.0}
+    assert lines["loop / ours"].verdict == "met"  # 0.8 * 10
+    assert lines["best eager peer / ours"].reached["automatic"] == 1.5  # torch.compile is not one
+    assert lines["best eager peer / ours"].verdict == "missed"
+    assert lines["best graphed peer / ours"].verdict == "not measured"
+    assert lines["of copy bandwidth, forward"].reached["automatic"] == pytest.approx(0.5)
+
+
+def test_failed_tests_are_named(tmp_path):
+    results = tmp_path / "results.xml"
+    results.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>'
+        '</testcase><testcase classname="a" name="left out"><skipped message="no GPU"/></testcase></testsuite>'
+        "</testsuites>"
+    )
+    counts = suite._counts(results)
+    assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 1, 1)
+    assert counts["failures"] == ["a::bad"]
+    assert counts["reasons of skips"] == ["no GPU"]
+
+
+def test_shards_cover_every_test_once():
+    from bench.gpu.shard import pytest_collection_modifyitems as keep
+
+    class Config:
+        class hook:
+            pytest_deselected = staticmethod(lambda items: None)
+
+        def __init__(self, shard: str) -> None:
+            self.shard = shard
+
+        def getoption(self, name: str) -> str:
+            return self.shard
+
+    kept = []
+    for n in (1, 2, 3):
+        items = list(range(10))
+        keep(Config(f"{n}/3"), items)
+        kept += items
+    assert kept == list(range(10))
+
+
+def test_every_part_is_documented():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in ("build", "tests-cuda", "tests-triton-1", "memcheck", "racecheck", "ceilings", "bench-stacked-launch"):
+        assert name in parts.PARTS
+        assert f"`{name}`" in text
