@@ -51,7 +51,7 @@ bench: $(STAMPS)/build  ## measure every op against its peers and print the repo
 	$(PY) -m bench.report $(BENCH_ARGS)
 
 gpu-report:  ## on a machine with a GPU: build, test, check and measure, in parts that can be resumed
-	@python=$(GPU_PYTHON); if [ "$$python" = "$(PY)" ]; then $(MAKE) build; fi; \
+	@python=$(GPU_PYTHON); if [ "$$python" = "$(PY)" ]; then $(MAKE) build || exit; fi; \
 	  echo "== $$python -m bench.gpu $(GPU_REPORT_ARGS)"; $$python -m bench.gpu $(GPU_REPORT_ARGS)
 
 demo: $(STAMPS)/build  ## train the ensembles of the example on real data

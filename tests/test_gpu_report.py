@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from time import perf_counter
 
 import pytest
+import torch
 from common import ROOT, Runner
 
+from bench.contestants import Problem, grouped_linear
 from bench.gpu import columns, goals, launch, parts, report, stacked, store, suite
 from bench.gpu.__main__ import main
 from bench.gpu.context import Context, IncompleteError, PartError, UnavailableError
+from bench.graphs import graphed
+from bench.runner import Lineup
+from bench.timing import measure
 
 pytest.importorskip("rich", reason="the report's tables need rich")
 FAST = ["ceilings"]
@@ -174,6 +181,46 @@ def test_bench_parts_measure_and_go_on(run, instead, tmp_path, monkeypatch):
     assert {"torch", "cuda", "cuda tile 0", "cuda tile 1", "cuda tile 2"} <= set(bucket["seconds"]["eager"])
     assert bucket["fastest"]["eager"]["total"] in bucket["seconds"]["eager"]
     assert (bucket["E"], bucket["B"]) == (2, 4)
+
+
+def test_graphs_are_captured_checked_and_timed(monkeypatch):
+    """The calls to CUDA in their order, on stand-ins: a graph's capture computes, its replay is counted."""
+    replays = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.time = perf_counter()
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1e3 * (end.time - self.time)
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(self)
+
+        def pool(self) -> None:
+            return None
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            pass
+
+    stand_ins = {"Event": Event, "CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream}
+    stand_ins |= {"synchronize": lambda: None, "stream": nullcontext, "graph": lambda *_, **__: nullcontext()}
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    problem = Problem(columns.TINY, torch.float32, "cpu")
+    lineup = Lineup()
+    eager = lineup.admit("baddbmm", lambda: grouped_linear.baddbmm(problem))
+    graph = lineup.admit("baddbmm [graph]", lambda: graphed(eager, "cuda"))
+    assert graph, lineup.entries
+    timings = measure(lineup.runnable, 0.01, "cuda", min_rounds=1)
+    assert len(set(replays)) == 3  # forward, backward, step
+    assert set(timings) == {"baddbmm", "baddbmm [graph]"}
+    assert timings["baddbmm"].total.median > timings["baddbmm"].forward.median > 0
 
 
 def test_an_interrupted_bench_part_keeps_its_rows():

@@ -23,4 +23,8 @@ def evict_l2(device: str) -> Callable[[], None]:
         return nothing
     size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
     scratch = torch.empty(2 * size, dtype=torch.uint8, device=device)
-    return lambda: scratch.zero_() and None
+
+    def evict() -> None:
+        scratch.zero_()
+
+    return evict

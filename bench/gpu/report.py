@@ -61,7 +61,7 @@ def rows(records: dict[str, dict[str, Any]], column: str, mode: str) -> list[Row
 
 def title(column: str, mode: str) -> str:
     limit = "a copy of the same bytes" if COLUMNS[column].limit == "copy" else "plain products"
-    return f"{COLUMNS[column].title}, {TITLES[mode]}; limit: {limit}"
+    return f"{COLUMNS[column].title}, {TITLES[mode]} (limit: {limit})"
 
 
 def _plot(records: dict[str, dict[str, Any]], path: Path) -> tuple[Path | None, str]:

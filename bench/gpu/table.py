@@ -28,7 +28,7 @@ def times(console: Console, records: dict[str, dict[str, Any]]) -> None:
             rows = report.rows(records, column, mode)
             if rows:
                 shown += rows
-                title = f"{report.title(column, mode)}: forward + backward"
+                title = f"Forward + backward. {report.title(column, mode)}"
                 console.print(terminal_table(title, rows, "total"))
         for reason in reasons(shown):
             console.print(f"n/a, {reason}", style="dim", markup=False)
