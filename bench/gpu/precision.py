@@ -20,9 +20,12 @@ TOLERANCE = {"tf32": 1e-2}  # relative norm by which contestants may differ; oth
 def precision(name: str) -> Iterator[torch.dtype]:
     """Products of float32 are rounded to TF32 in here, or not, by PyTorch and by us."""
     dtype, how = PRECISIONS[name]
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = how
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    # The older of PyTorch's two switches sets both; the newer one alone makes torch.compile, which reads both, raise.
+    settings.allow_tf32 = how == "tf32"
     try:
         yield dtype
     finally:
-        torch.backends.cuda.matmul.fp32_precision = before
+        settings.allow_tf32 = False
+        settings.fp32_precision = before

@@ -5,8 +5,12 @@ Both grow row by row in the part's file; what is there is not measured again.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from .columns import COLUMNS
-from .context import Context, IncompleteError
+from .context import Context, IncompleteError, PartError
 from .layers import describe, run_layer
 from .sweep import run_bucket
 
@@ -25,16 +29,26 @@ def run(context: Context, column: str) -> None:
             continue
         # So much is kept for the layers to come, and for the sweep, that this one does not take to try choices.
         reserved = LAYER_SECONDS * (len(wanted) - n) + SWEPT_SECONDS * len(swept)
-        layers[name] = run_layer(about, case, precision, context, reserved)
-        context.save()
+        keep(context, layers, name, run_layer(about, case, precision, context, reserved))
     for name, (case, precision) in swept.items():
         if name in buckets or context.left() < BUCKET_SECONDS * (not context.rehearsal):
             continue
-        buckets[name] = run_bucket(case, precision, context.device, about.cold)
-        context.save()
+        keep(context, buckets, name, run_bucket(case, precision, context.device, about.cold))
     missing = len(wanted) + len(swept) - len(layers) - len(buckets)
     if missing:
         raise IncompleteError(
             f"{len(layers)} of {len(wanted)} layers and {len(buckets)} of {len(swept)} buckets fitted in the time; "
             "the next call goes on from here"
         )
+
+
+def keep(context: Context, done: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+    """Unless a contestant broke the process's access to the GPU, which makes all that follow it look inapplicable."""
+    try:
+        if context.device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        context.data["broken"] = found
+        raise PartError(f"{name}: {str(error).splitlines()[0]} (its reasons are in the part's file)") from error
+    done[name] = found
+    context.save()
