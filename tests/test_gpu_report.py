@@ -41,7 +41,7 @@ def instead(monkeypatch):
     def replace(function) -> list[str]:
         begun = []
 
-        def fake(part, where, device, seconds, compile):
+        def fake(part, where, device, seconds, *options):
             begun.append(part.name)
             before = (where.load(part) or {}).get("data", {}) if part.resumes else {}
             record = {"status": "passed", "reason": "", "seconds": 0.0, "date": store.now(), "data": before}

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A report from elsewhere may say that it was built, which does not make it true of this machine.
     if any(part.needs_extension for part in todo) and PARTS["build"] not in todo:
         todo.insert(0, PARTS["build"])
+    options = ["--no-compile"] * args.no_compile + ["--no-build"] * args.no_build
     not_begun: dict[str, str] = {}
     for part in todo:
         needed = min(part.seconds, args.limit) if not args.dry else 5.0
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{part.name}: {part.what} ...", flush=True)
         if args.again:
             store.forget(part)
-        record = launch(part, store, args.device, min(args.limit, left()), not args.no_compile)
+        record = launch(part, store, args.device, min(args.limit, left()), *options)
         reason = f": {record['reason']}" if record.get("reason") else ""
         print(f"{part.name}: {record['status']} after {record['seconds']:.0f} s{reason}", flush=True)
 
@@ -69,6 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, help="seconds for everything: parts that would not fit are not begun")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one part (default: %(default)g)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes long to start")
+    parser.add_argument("--no-build", action="store_true", help="use the extension as it is, or fail")
     parser.add_argument("--dry", action="store_true", help="rehearse every part on the CPU, with tiny sizes")
     parser.add_argument(
         "--output", type=Path, help="folder for the device's folder (default: bench/results, rehearsals: its local)"

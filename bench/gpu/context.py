@@ -52,6 +52,7 @@ class Context:
     path: Path | None = None  # of the part's record; None: nothing is kept
     record: dict[str, Any] = field(default_factory=dict)
     compile: bool = True
+    build: bool = True
     begin: float = field(default_factory=monotonic)
 
     @property

@@ -19,13 +19,13 @@ GRACE_SECONDS = 25.0  # for a part to end by itself what it began in time
 KILL_SECONDS = 10.0
 
 
-def launch(part: Part, store: Store, device: str, seconds: float, compile: bool = True) -> dict[str, Any]:
-    """The part's record, as it is in its file."""
+def launch(part: Part, store: Store, device: str, seconds: float, *options: str) -> dict[str, Any]:
+    """The part's record, as it is in its file; `options` of the worker."""
     before = store.load(part) or {}
     store.save(part, {"status": "running", "data": before.get("data", {}) if part.resumes else {}})
     path = store.path(part)
     command = [sys.executable, "-m", "bench.gpu.worker", part.name, str(path.resolve()), "--device", device]
-    command += ["--seconds", str(seconds)] + ["--no-compile"] * (not compile)
+    command += ["--seconds", str(seconds), *options]
     begin = monotonic()
     process = subprocess.Popen(
         command,

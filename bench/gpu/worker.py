@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--no-build", action="store_true")
     args = parser.parse_args()
 
     begin = monotonic()
@@ -32,7 +33,7 @@ def main() -> int:
     write_json(args.file, record)
     try:
         record["provenance"] = _provenance(args.device)
-        context = Context(args.device, args.seconds, args.file, record, not args.no_compile, begin)
+        context = Context(args.device, args.seconds, args.file, record, not args.no_compile, not args.no_build, begin)
         part = PARTS[args.part]
         part.run()(context, *part.arguments)
         record |= {"status": PASSED, "reason": ""}
