@@ -108,8 +108,11 @@ def _launch(layer: Layer) -> Iterator[Line]:
         yield layer.over("loop / ours", OF_E_TIMES_LOOP * members, [eager.entry(LOOP)], eager, "total")
     yield layer.over("best eager peer / ours", EAGER_PEER, _peers(eager, False), eager, "total")
     yield layer.over("best graphed peer / ours", GRAPHED_PEER, _peers(graphed, True), graphed, "total")
-    yield layer.line("host, forward, µs", None, layer.host("forward"), eager)
-    yield layer.line("host, backward, µs", None, layer.host("backward"), eager)
+    for direction in ("forward", "backward"):
+        peer = eager.entry("baddbmm")
+        theirs = peer and layer.host(direction)(peer)
+        compared = f" (baddbmm: {theirs:.0f})" if theirs else ""
+        yield layer.line(f"host, {direction}, µs{compared}", None, layer.host(direction), eager)
 
 
 def _memory(layer: Layer) -> Iterator[Line]:
