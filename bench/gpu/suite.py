@@ -16,9 +16,9 @@ from ..provenance import ROOT
 from .context import Context, PartError, last_line, tail
 
 EMULATION = ROOT / "build" / "cmake" / "effens_cuda_emulation.so"
-# Ids name the backend and where it is emulated.  Ahead-of-time compilation of Triton kernels needs no GPU.
+# Ids name the backend and where it is emulated.  Tests of what compilers make (aot) need no GPU.
 SELECTIONS = {
-    "cuda": "cuda and not emulation",
+    "cuda": "cuda and not emulation and not aot",
     "triton": "triton and not interpreter and not aot",
 }
 REHEARSALS = {
