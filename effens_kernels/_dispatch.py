@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _env, _native
+from . import _env, _native, _tables
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -34,9 +34,9 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
 }
 
-# On GPUs, torch's own batched products are taken where none of B, I and O is below this.  A heuristic until measured
-# tables say more: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels do not
-# (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
+# On GPUs that have no table of measurements (`_tables`), torch's own batched products are taken where none of B, I and
+# O is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels
+# do not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
 
@@ -46,7 +46,7 @@ class Problem(NamedTuple):
     op: str
     device: str
     dtype: torch.dtype
-    sizes: tuple[int, ...] = ()  # B, I, O
+    sizes: tuple[int, ...] = ()  # E, B, I, O
 
 
 def interpreting() -> bool:
@@ -112,8 +112,12 @@ def select(problem: Problem, requested: str | None = None) -> str:
     """The backend that runs `problem`: the requested one, else EFFENS_BACKEND, else the first preference that can."""
     requested = _env.BACKEND if requested is None else requested
     if requested is None:
-        if problem.device == "cuda" and problem.sizes and min(problem.sizes) >= CUBLAS_FROM:
-            return "reference"
+        if problem.device == "cuda" and problem.sizes:
+            backend = _tables.fastest(problem.op, problem.dtype, problem.sizes)
+            if backend is not None and why_not(backend, problem) is None:
+                return backend
+            if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM:
+                return "reference"
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:
                 return backend

@@ -113,8 +113,8 @@ def grouped_mm(problem: Problem) -> Contestant:
 def ours(problem: Problem) -> list[Contestant]:
     """Every backend that runs here; the one that dispatch chooses comes first and stands for the package."""
     case = problem.workload
-    smallest = min(case.batch, case.inputs, case.outputs)
-    question = _dispatch.Problem("grouped_linear", problem.device, problem.dtype, smallest)
+    sizes = case.members, case.batch, case.inputs, case.outputs
+    question = _dispatch.Problem("grouped_linear", problem.device, problem.dtype, sizes)
     chosen = _dispatch.select(question)
     found = []
     for backend in sorted(_dispatch.BACKENDS, key=lambda backend: backend != chosen):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from effens_kernels import _native
+from effens_kernels._precision import uses_tf32
 from effens_kernels.ops._activations import ACTIVATIONS
-from effens_kernels.ops._precision import uses_tf32
 
 from ..contestants import Contestant, Problem
 from ..contestants.grouped_linear import from_function

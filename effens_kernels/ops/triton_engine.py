@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._precision import uses_tf32
+from .._precision import uses_tf32
 
 # The interpreter computes bfloat16 products wrongly, without a word, and cuts where a GPU rounds: there every tile is
 # float32 from load to store, and `narrow` rounds.

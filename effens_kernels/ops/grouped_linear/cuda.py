@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import _native
+from ..._precision import uses_tf32
 from .._activations import ACTIVATIONS
-from .._precision import uses_tf32
 
 
 def fwd(

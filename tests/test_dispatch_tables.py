@@ -1,0 +1,68 @@
+"""Automatic choice on a GPU: by the table of measurements where there is one, else by the stated rules."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bench.gpu import dispatch_table
+from effens_kernels import _dispatch, _tables
+
+GPU = "NVIDIA H200 (imagined)"
+REPORT = {
+    "provenance": {"device": GPU, "commit": "0123"},
+    "dispatch": [
+        {"E": 8, "B": 256, "I": 64, "O": 64, "precision": p, "eager": {"total": winner}, "graphed": {"total": "torch"}}
+        for p, winner in [("float32", "cuda tile 1"), ("bfloat16", "triton"), ("tf32", None)]
+    ]
+    + [{"E": 8, "B": 1024, "I": 1024, "O": 1024, "precision": "bfloat16", "eager": {"total": "torch"}, "graphed": {}}],
+}
+
+
+@pytest.fixture
+def imagined_gpu(monkeypatch, tmp_path):
+    """A GPU of which all backends can run, with no table yet."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(_tables, "DIRECTORY", tmp_path / "tables")
+    monkeypatch.setattr(_dispatch, "why_not_here", lambda backend: None)
+    monkeypatch.setattr(_dispatch, "takes_device", lambda backend: "cpu" if backend == "cpu" else "cuda")
+    _tables.table.cache_clear()
+    yield tmp_path / "tables"
+    _tables.table.cache_clear()
+
+
+def choose(dtype: torch.dtype, *sizes: int) -> str:
+    return _dispatch.select(_dispatch.Problem("grouped_linear", "cuda", dtype, sizes))
+
+
+@pytest.mark.usefixtures("imagined_gpu")
+def test_without_a_table():
+    assert choose(torch.bfloat16, 8, 256, 64, 64) == "cuda"
+    assert choose(torch.bfloat16, 8, 4096, 512, 512) == "reference"
+    assert choose(torch.bfloat16, 600, 511, 4096, 4096) == "cuda"
+    assert choose(torch.float64, 8, 256, 64, 64) == "reference"
+
+
+def test_with_the_table_of_a_report(imagined_gpu):
+    path = dispatch_table.write(REPORT, imagined_gpu)
+    assert json.loads(path.read_text())["provenance"] == REPORT["provenance"]
+    assert choose(torch.float32, 8, 256, 64, 64) == "cuda"
+    assert choose(torch.bfloat16, 10, 200, 50, 96) == "triton"
+    assert choose(torch.bfloat16, 8, 900, 900, 900) == "reference"
+    assert choose(torch.bfloat16, 1, 1, 8, 8) == "cuda", "too far from any row"
+    assert choose(torch.float16, 8, 1024, 1024, 1024) == "reference", "no rows of that type: the rule"
+    assert choose(torch.bfloat16, 8, 0, 64, 64) == "cuda"
+
+
+def test_a_table_cannot_choose_what_does_not_run(imagined_gpu, monkeypatch):
+    dispatch_table.write(REPORT, imagined_gpu)
+    monkeypatch.setattr(_dispatch, "why_not_here", lambda backend: "no" if backend == "triton" else None)
+    assert choose(torch.bfloat16, 8, 256, 64, 64) == "cuda"
+
+
+def test_an_argument_overrides(imagined_gpu):
+    dispatch_table.write(REPORT, imagined_gpu)
+    problem = _dispatch.Problem("grouped_linear", "cuda", torch.bfloat16, (8, 256, 64, 64))
+    assert _dispatch.select(problem, "reference") == "reference"
