@@ -152,6 +152,16 @@ def test_not_finite_values_flow_through(dtype, seed):
         assert torch.equal(value.isnan(), wanted.isnan()), name
 
 
+def test_members_and_rows_further_apart_than_32_bits_reach(seed):
+    case = LinearCase(2, 3, 24, 5)
+    inputs, grad = sample(case, torch.bfloat16, seed)
+    storage = torch.empty(2**32 + 2**30, dtype=torch.bfloat16, device=RUNNER.device)  # of which few pages are touched
+    far = storage.as_strided(inputs[0].shape, (2**31 + 64, 2**30 + 8, 1)).copy_(inputs[0])
+    near, expected = run(case, inputs, grad), exact(case, inputs, grad)[0]
+    assert_equal(near, expected, EPS[torch.bfloat16])
+    assert all(map(torch.equal, run(case, (far, *inputs[1:]), grad), near))
+
+
 def test_bad_calls_of_the_schema():
     x, weight = torch.zeros(2, 3, 4, device=RUNNER.device), torch.zeros(2, 5, 4, device=RUNNER.device)
     fwd = _native.cuda_ops.grouped_linear_fwd
