@@ -24,6 +24,7 @@ from toolchain import (  # noqa: E402
     find_cxx,
     find_nvcc,
     gencode_flags,
+    nvcc_archs,
 )
 
 # Metadata and source distributions need neither torch nor a compiler.
@@ -62,18 +63,27 @@ def cuda_link_arguments(cxx: str) -> list[str]:
     from torch.utils.cpp_extension import include_paths
 
     mode, nvcc, files = environment("EFFENS_CUDA"), find_nvcc(), sources("cuda", ".cu")
+    known = nvcc_archs(nvcc) if nvcc else None
     if mode == "1" and nvcc is None:
         fail(
             "EFFENS_CUDA=1 needs a CUDA toolkit; looked for nvcc in $CUDA_HOME/bin, $CUDA_PATH/bin, on PATH and in "
             "/usr/local/cuda/bin"
         )
+    if mode == "1" and known is None:
+        fail(f"EFFENS_CUDA=1 needs nvcc of CUDA 12 or later; {nvcc} is older or does not run")
     if mode == "1" and not files:
         fail("EFFENS_CUDA=1, but there are no sources in csrc/cuda")
-    if mode == "0" or nvcc is None or not files:
+    if mode == "0" or known is None or not files:
+        return []
+    # What is asked for by name should fail where nvcc cannot do it; the default takes what it can.
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs = gencode_flags(environment("TORCH_CUDA_ARCH_LIST"), None if asked else known)
+    if not archs and mode == "1":
+        fail("EFFENS_CUDA=1, but no architecture is left to compile for")
+    if not archs:
         return []
     headers = [path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh", ".inl")]
     includes = [f"-I{path}" for path in ("csrc", *include_paths())]
-    archs = gencode_flags(environment("TORCH_CUDA_ARCH_LIST"))
     flags = [*NVCC_FLAGS, f"-ccbin={cxx.split()[-1]}", *DEFINES, *includes, *archs]
     objects = compile_cuda(nvcc, flags, files, headers, ROOT / "build" / "cuda")
     toolkit = [*cuda_library_flags(nvcc), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]

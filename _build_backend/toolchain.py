@@ -46,15 +46,49 @@ def max_jobs() -> int:
         raise SystemExit(f"effens_kernels: MAX_JOBS should be a whole number, got {value!r}") from None
 
 
-def gencode_flags(archs: str) -> list[str]:
-    """nvcc flags for "8.0;9.0a;10.0a+PTX", the notation of TORCH_CUDA_ARCH_LIST."""
+# What TORCH_CUDA_ARCH_LIST may name instead of numbers.
+NAMED_ARCHS = {
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0+PTX",
+}
+OLDEST_ARCH = (8, 0)  # cp.async
+
+
+def nvcc_archs(nvcc: str) -> set[str] | None:
+    """What `nvcc` compiles for, as "80"; None if it cannot compile the kernels (C++20 came with CUDA 12)."""
+    try:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    release = re.search(r"release (\d+)", version)
+    return set(re.findall(r"sm_(\d+)", listed)) if release and int(release[1]) >= 12 else None
+
+
+def gencode_flags(archs: str, known: set[str] | None = None) -> list[str]:
+    """nvcc flags for "8.0;9.0a;10.0a+PTX", the notation of TORCH_CUDA_ARCH_LIST; empty if none is left.
+
+    Architectures that the kernels do not support are left out with a line that says so, and so are those that are not
+    among `known`, if that is given.
+    """
     flags = []
-    for arch in re.split(r"[;, ]+", archs.strip()):
+    listed = [name for arch in re.split(r"[;, ]+", archs.strip()) for name in NAMED_ARCHS.get(arch, arch).split(";")]
+    for arch in listed:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if match is None:
             raise SystemExit(f"effens_kernels: TORCH_CUDA_ARCH_LIST has {arch!r}; expected e.g. '8.0;9.0a+PTX'")
         major, minor, suffix, ptx = match.groups()
         number = major + minor + suffix
+        if (int(major), int(minor)) < OLDEST_ARCH:
+            print(f"effens_kernels: no CUDA kernels for {arch}: they need 8.0 or later", flush=True)
+            continue
+        if known is not None and major + minor not in known:
+            print(f"effens_kernels: no CUDA kernels for {arch}: this nvcc does not compile for it", flush=True)
+            continue
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if ptx:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")

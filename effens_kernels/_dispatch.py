@@ -47,6 +47,7 @@ class Problem(NamedTuple):
     device: str
     dtype: torch.dtype
     sizes: tuple[int, ...] = ()  # E, B, I, O
+    index: int | None = None  # of the device
 
 
 def interpreting() -> bool:
@@ -54,26 +55,50 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@cache
 def why_not_here(backend: str) -> str | None:
     """Why `backend` cannot run in this process, whatever the op; None if it can."""
+    return _why_not_here(backend)
+
+
+# Not to be traced by torch.compile, which cannot ask what this asks.  torch.compiler.assume_constant_result does the
+# same, but imports the compiler.
+why_not_here._dynamo_marked_constant = True
+
+
+@cache
+def _why_not_here(backend: str) -> str | None:
     if backend == "cpu":
         return _native.why_not()
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if not interpreting() and not torch.cuda.is_available():
-            return "no CUDA GPU is visible (and TRITON_INTERPRET=1 is not set)"
+        return _why_not_triton()
     if backend == "cuda":
-        if not _native.available:
-            return _native.why_not()
-        if _native.emulates_cuda:
-            return None
-        if not _native.has_cuda_kernels():
-            return "this build has no CUDA C++ kernels"
-        if not torch.cuda.is_available():
-            return "no CUDA GPU is visible"
+        return _why_not_cuda()
     return None
+
+
+def _why_not_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible (and TRITON_INTERPRET=1 is not set)"
+    if torch.version.cuda and torch.cuda.get_device_capability() < (7, 5):
+        return "Triton needs a GPU of compute capability 7.5 or later"
+    return None
+
+
+def _why_not_cuda() -> str | None:
+    if not _native.available:
+        return _native.why_not()
+    if _native.emulates_cuda:
+        return None
+    if not _native.has_cuda_kernels():
+        return "this build has no CUDA C++ kernels"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible"
+    reason = _native.cuda_ops.cuda_why_not()  # an old GPU, a build for others, an old driver
+    return f"the CUDA C++ kernels do not run on this GPU: {reason}" if reason else None
 
 
 def takes_device(backend: str) -> str:
@@ -113,7 +138,7 @@ def select(problem: Problem, requested: str | None = None) -> str:
     requested = _env.BACKEND if requested is None else requested
     if requested is None:
         if problem.device == "cuda" and problem.sizes:
-            backend = _tables.fastest(problem.op, problem.dtype, problem.sizes)
+            backend = _measured(problem)
             if backend is not None and why_not(backend, problem) is None:
                 return backend
             if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM:
@@ -130,3 +155,9 @@ def select(problem: Problem, requested: str | None = None) -> str:
     if reason is not None:
         raise ValueError(f"{problem.op}: backend {requested!r} cannot run this call: {reason}")
     return requested
+
+
+def _measured(problem: Problem) -> str | None:
+    if torch.compiler.is_compiling():  # sizes may be symbols, and a table needs numbers
+        return None
+    return _tables.fastest(problem.op, problem.dtype, problem.sizes, problem.index)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, lru_cache
 from math import log2
 from pathlib import Path
 
@@ -23,14 +23,30 @@ NEAR = 4.0  # doublings in all: beyond, a row says nothing of the sizes asked fo
 Sizes = tuple[int, ...]  # E, B, I, O
 
 
-def fastest(op: str, dtype: torch.dtype, sizes: Sizes) -> str | None:
-    """The backend measured fastest near `sizes` on the current GPU; None if that is not known."""
-    rows = table(torch.cuda.get_device_name()).get((op, "tf32" if uses_tf32(dtype) else str(dtype)[6:]))
+def fastest(op: str, dtype: torch.dtype, sizes: Sizes, index: int | None = None) -> str | None:
+    """The backend measured fastest near `sizes` on GPU `index`; None if that is not known."""
+    return _nearest(_name(index), op, "tf32" if uses_tf32(dtype) else str(dtype).removeprefix("torch."), sizes)
+
+
+@cache
+def _name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@lru_cache(maxsize=4096)
+def _nearest(gpu: str, op: str, precision: str, sizes: Sizes) -> str | None:
+    rows = table(gpu).get((op, precision))
     if not rows or min(sizes) < 1:
         return None
     place = tuple(log2(size) for size in sizes)
     distance, backend = min((sum(abs(a - b) for a, b in zip(place, row)), backend) for row, backend in rows)
     return backend if distance <= NEAR else None
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    for cached in (_name, _nearest, table):
+        cached.cache_clear()
 
 
 @cache

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+import effens_kernels as ek
 from bench.gpu import dispatch_table
 from effens_kernels import _dispatch, _tables
 
@@ -24,17 +25,36 @@ REPORT = {
 @pytest.fixture
 def imagined_gpu(monkeypatch, tmp_path):
     """A GPU of which all backends can run, with no table yet."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: GPU)
     monkeypatch.setattr(_tables, "DIRECTORY", tmp_path / "tables")
     monkeypatch.setattr(_dispatch, "why_not_here", lambda backend: None)
     monkeypatch.setattr(_dispatch, "takes_device", lambda backend: "cpu" if backend == "cpu" else "cuda")
-    _tables.table.cache_clear()
+    _tables.forget()
     yield tmp_path / "tables"
-    _tables.table.cache_clear()
+    _tables.forget()
 
 
 def choose(dtype: torch.dtype, *sizes: int) -> str:
     return _dispatch.select(_dispatch.Problem("grouped_linear", "cuda", dtype, sizes))
+
+
+def test_the_public_function_asks_with_sizes(imagined_gpu, monkeypatch):
+    dispatch_table.write(REPORT, imagined_gpu)
+    asked = []
+
+    def ask(problem, requested):
+        asked.append(problem._replace(device="cuda"))
+        return "reference"
+
+    real = _dispatch.select
+    monkeypatch.setattr(_dispatch, "selects", lambda *_: False)  # not the short route of CPU tensors
+    monkeypatch.setattr(_dispatch, "select", ask)
+    x, weight = torch.randn(10, 200, 50, dtype=torch.bfloat16), torch.randn(10, 96, 50, dtype=torch.bfloat16)
+    ek.grouped_linear(x, weight)
+    assert asked[0].sizes == (10, 200, 50, 96)
+    assert real(asked[0]) == "triton"
+    ek.grouped_linear(x[0], weight)
+    assert asked[1].sizes == (10, 200, 50, 96)
 
 
 @pytest.mark.usefixtures("imagined_gpu")

@@ -74,7 +74,7 @@ def environment(part: Part, device: str) -> dict[str, str]:
 
 def _stop(process: subprocess.Popen) -> str:
     """The process and all that it started."""
-    for number in (signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGKILL):  # SIGINT may be ignored, as below nohup
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
+  m.def("cuda_why_not() -> str");
   m.def("cuda_kernels(str math) -> str");  // what is compiled, one kernel a line
   m.def(
       "grouped_linear_fwd(Tensor x, Tensor weight, Tensor? bias, int activation, bool save_preactivation, bool tf32, "

@@ -29,7 +29,7 @@ Sizes check(const char* op, const Tensor& x, const Tensor& weight, int64_t tile)
 // alone would be mostly empty.
 bool folds(const Sizes& s, const Tensor& weight, const std::optional<Tensor>& bias) {
   return s.shared && s.members > 1 && s.outputs < 128 && s.outputs % 64 != 0 &&
-         int64_t(s.members) * s.outputs < int64_t(1) << 31 && weight.stride(0) == s.outputs * weight.stride(1) &&
+         int64_t(s.members) * s.outputs <= largest_extent && weight.stride(0) == s.outputs * weight.stride(1) &&
          (!bias || bias->stride(0) == s.outputs);
 }
 
@@ -120,6 +120,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
 }
 
 #if !defined(EFFENS_EMULATION)
+// Why the kernels do not run on the current GPU: its architecture, the driver; empty if they do.
+std::string cuda_why_not() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, device::any_kernel());
+  cudaGetLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 std::string cuda_kernels(std::string math) {
   if (math == "fma") return device::describe_grouped_linear<float, Math::fma>();
   if (math == "tf32") return device::describe_grouped_linear<float, Math::tf32>();
@@ -135,6 +143,7 @@ std::string cuda_kernels(std::string math) {
 #if !defined(EFFENS_EMULATION)
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CompositeExplicitAutograd, m) {
   m.impl("cuda_kernels", TORCH_BOX(&effens::cuda::cuda_kernels));
+  m.impl("cuda_why_not", TORCH_BOX(&effens::cuda::cuda_why_not));
 }
 #endif
 

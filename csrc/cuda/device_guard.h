@@ -4,22 +4,11 @@
 #include "../common/tensor.h"
 #include "../kernels/grouped_linear.cuh"
 
-#if !defined(EFFENS_EMULATION)
-// CPU builds of torch do not have it; the only function of torch's CUDA half that is called.
-#pragma weak aoti_torch_get_current_cuda_stream
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-#endif
+#if defined(EFFENS_EMULATION)
+
+#define EFFENS_CUDA_KEY CPU  // the dispatch key of the bindings
 
 namespace effens::cuda {
-
-// The dispatch key of the bindings.
-#if defined(EFFENS_EMULATION)
-#define EFFENS_CUDA_KEY CPU
-#else
-#define EFFENS_CUDA_KEY CUDA
-#endif
-
-#if defined(EFFENS_EMULATION)
 
 struct DeviceGuard {
   explicit DeviceGuard(const Tensor&) {}
@@ -29,37 +18,39 @@ inline device::Setting setting_of(const Tensor&, int64_t tile) {
   return {{4, 227 * 1024}, {}, int(tile)};
 }
 
+}  // namespace effens::cuda
+
 #else
+
+#include <torch/csrc/stable/accelerator.h>
+
+#define EFFENS_CUDA_KEY CUDA
+
+// CPU builds of torch do not have it; the only function of torch's CUDA half that is called.
+#pragma weak aoti_torch_get_current_cuda_stream
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace effens::cuda {
+
+// The tensor's GPU is current while this lives.
+struct DeviceGuard : torch::stable::accelerator::DeviceGuard {
+  explicit DeviceGuard(const Tensor& t) : torch::stable::accelerator::DeviceGuard(t.get_device_index()) {}
+};
 
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
-
-// The tensor's GPU is current while this lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(const Tensor& t) : here(t.get_device_index()) {
-    check_cuda(cudaGetDevice(&before), "cudaGetDevice");
-    if (before != here) check_cuda(cudaSetDevice(here), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (before != here) cudaSetDevice(before);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int here, before = 0;
-};
 
 inline device::Gpu gpu_of(int index) {
   constexpr int most = 64;
   static thread_local device::Gpu known[most];
   device::Gpu gpu = index < most ? known[index] : device::Gpu{};
   if (gpu.multiprocessors == 0) {
-    check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-               "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&gpu.multiprocessors, cudaDevAttrMultiProcessorCount, index),
-               "cudaDeviceGetAttribute");
+    auto ask = [&](int& answer, cudaDeviceAttr attribute) {
+      check_cuda(cudaDeviceGetAttribute(&answer, attribute, index), "cudaDeviceGetAttribute");
+    };
+    ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    ask(gpu.multiprocessors, cudaDevAttrMultiProcessorCount);
     if (index < most) known[index] = gpu;
   }
   return gpu;
@@ -71,6 +62,6 @@ inline device::Setting setting_of(const Tensor& t, int64_t tile) {
   return {gpu_of(t.get_device_index()), static_cast<device::stream_t>(stream), int(tile)};
 }
 
-#endif
-
 }  // namespace effens::cuda
+
+#endif

@@ -53,7 +53,10 @@ struct Strides {
 // Tile; `summed`: the members are summands.
 template <class T>
 Operand<T> operand(const Tensor& t, const char* name, bool lines_are_rows, bool along_k, bool summed = false) {
-  const Strides s(t);
+  Strides s(t);
+  // Of a dimension of one element; never used, and no hindrance to vectors.
+  if (t.dim() == 3 && t.size(0) == 1) s.member = 0;
+  if (t.size(t.dim() - 2) == 1) s.row = 0;
   Operand<T> o;
   o.data = input<T>(t, name);
   (summed ? o.reduce : o.batch) = s.member;
@@ -67,8 +70,11 @@ inline Activation activation_of(const char* op, int64_t code) {
   return Activation(code);
 }
 
+// Positions in the last tile are counted in int too.
+constexpr int64_t largest_extent = (int64_t(1) << 31) - 1 - 128;
+
 inline int extent(const char* op, int64_t size) {
-  STD_TORCH_CHECK(size < int64_t(1) << 31, op, ": a dimension of ", size, " is 2**31 or more");
+  STD_TORCH_CHECK(size <= largest_extent, op, ": a dimension of ", size, " is larger than ", largest_extent);
   return int(size);
 }
 

@@ -8,6 +8,8 @@
 // an activation by the tile of the same shape that is fetched beside it.
 #pragma once
 
+#include <type_traits>
+
 #include "core_fma.cuh"
 #include "core_mma.cuh"
 #include "operand.cuh"
@@ -36,7 +38,8 @@ struct Block {
   static constexpr int threads = large ? 256 : small ? 64 : 128;
   // How many blocks the registers of a multiprocessor should leave room for.
   static constexpr bool register_hungry = through_ || math == Math::fma;
-  static constexpr int blocks_per_sm = large ? 1 : small ? 8 : register_hungry ? 3 : 4;
+  static constexpr int of_large = register_hungry || !a_along_k || !b_along_k ? 1 : 2;
+  static constexpr int blocks_per_sm = large ? of_large : small ? 8 : register_hungry ? 3 : 4;
 
   using TileA = Tile<T, M, K, a_along_k, threads>;
   using TileB = Tile<T, N, K, b_along_k, threads>;
@@ -48,21 +51,10 @@ struct Block {
   static constexpr int shared_bytes = stages * stage_bytes > c_bytes ? stages * stage_bytes : c_bytes;
 
   static constexpr int warps_down = 2, warps_across = threads / 64;
-  template <Math, class = void>
-  struct CoreOf;
-  template <class Unused>
-  struct CoreOf<Math::fma, Unused> {
-    using type = FmaCore<M, N, K, small ? 4 : 8, large ? 8 : 4, TileA, TileB, a_along_k, b_along_k>;
-  };
-  template <class Unused>
-  struct CoreOf<Math::tf32, Unused> {
-    using type = Tf32Core<M, N, K, warps_down, warps_across, TileA, TileB, a_along_k, b_along_k>;
-  };
-  template <class Unused>
-  struct CoreOf<Math::half, Unused> {
-    using type = HalfCore<T, M, N, K, warps_down, warps_across, TileA, TileB, a_along_k, b_along_k>;
-  };
-  using Core = typename CoreOf<math>::type;
+  using Fma = FmaCore<M, N, K, small ? 4 : 8, large ? 8 : 4, TileA, TileB, a_along_k, b_along_k>;
+  using Tf32 = Tf32Core<M, N, K, warps_down, warps_across, TileA, TileB, a_along_k, b_along_k>;
+  using Half = HalfCore<T, M, N, K, warps_down, warps_across, TileA, TileB, a_along_k, b_along_k>;
+  using Core = std::conditional_t<math == Math::fma, Fma, std::conditional_t<math == Math::tf32, Tf32, Half>>;
   static_assert(Core::threads == threads);
 };
 
@@ -96,8 +88,7 @@ __device__ __forceinline__ void product(const Product<typename Block::T>& p) {
   auto b_tile = [](int stage) { return dynamic_shared<T>(stage * Block::stage_bytes + Block::b_at, TileB::size); };
 
   const Global<const T> a = p.a.data + place.member * p.a.batch, b = p.b.data + place.member * p.b.batch;
-  Global<const T> saved = p.a.data;
-  if constexpr (Block::through) saved = p.saved.data + place.member * p.saved.batch;
+  const Global<const T> saved = p.saved.data + place.member * p.saved.batch;
   const int steps = p.summands * ((p.k + K - 1) / K);
   int fetched = 0, summand = 0, k = 0;
   auto fetch = [&](int stage) {
@@ -123,7 +114,7 @@ __device__ __forceinline__ void product(const Product<typename Block::T>& p) {
     if constexpr (Block::through) {
       const Activation slope = p.slope;
       TileA::transform(a_tile(now), saved_tile(now),
-                       [slope](float grad, float by) { return through_activation(slope, grad, by); });
+                       [slope](auto& grad, const auto& by) { through_activation(slope, grad, by); });
     }
     __syncthreads();  // all have brought their parts of `now`, and are done with the tile that `next` overwrites
     fetch(next);

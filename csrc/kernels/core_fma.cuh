@@ -66,7 +66,13 @@ struct FmaCore {
 #pragma unroll
     for (int i = 0; i < TM; ++i) {
 #pragma unroll
-      for (int j = 0; j < TN; ++j) tile[line<a_along_k, down>(y, i) * row + line<b_along_k, across>(x, j)] = c[i][j];
+      for (int j = 0; j < TN; j += b_along_k ? 1 : 4) {  // neighbors at once, where they are neighbors
+        const Shared<float> at = tile + (line<a_along_k, down>(y, i) * row + line<b_along_k, across>(x, j));
+        if constexpr (b_along_k)
+          *at = c[i][j];
+        else
+          store(at, Vector<float, 4>{{c[i][j], c[i][j + 1], c[i][j + 2], c[i][j + 3]}});
+      }
     }
   }
 };

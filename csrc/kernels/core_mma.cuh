@@ -84,21 +84,40 @@ struct Tf32Core : MmaFragments<M, N, DOWN, ACROSS> {
   static_assert(K % 8 == 0);
 
   __device__ __forceinline__ void step(Shared<const float> a_tile, Shared<const float> b_tile) {
-    const int g = Fragments::lane() / 4, t = Fragments::lane() % 4;
-    const int m = Fragments::first_m() + g, n = Fragments::first_n() + g;
-    auto a_at = [&](int line, int k) { return to_tf32(a_tile[TileA::offset(line, k)]); };
-    auto b_at = [&](int line, int k) { return to_tf32(b_tile[TileB::offset(line, k)]); };
+    const int lane = Fragments::lane(), g = lane / 4, t = lane % 4;
+    const int m = Fragments::first_m(), n = Fragments::first_n();
+    // Along k, a matrix of 8 x 8 halves is one of 8 x 4 floats, of which each lane gets the one that it needs.
+    const int within = lane % 8, second = lane / 8 % 2, third = lane / 16;
 #pragma unroll
     for (int k = 0; k < K; k += 8) {
       uint32_t a[MM][4], b[NN][2];
 #pragma unroll
       for (int i = 0; i < MM; ++i) {
         const int line = m + i * 16;
-        a[i][0] = a_at(line, k + t), a[i][1] = a_at(line + 8, k + t);
-        a[i][2] = a_at(line, k + t + 4), a[i][3] = a_at(line + 8, k + t + 4);
+        if constexpr (a_along_k) {
+          ldmatrix_x4(a[i], a_tile + TileA::offset(line + within + second * 8, k + third * 4));
+        } else {
+#pragma unroll
+          for (int q = 0; q < 4; ++q)
+            a[i][q] = bit_cast<uint32_t>(float(a_tile[TileA::offset(line + g + q % 2 * 8, k + t + q / 2 * 4)]));
+        }
+#pragma unroll
+        for (int q = 0; q < 4; ++q) a[i][q] = to_tf32(bit_cast<float>(a[i][q]));
       }
 #pragma unroll
-      for (int j = 0; j < NN; ++j) b[j][0] = b_at(n + j * 8, k + t), b[j][1] = b_at(n + j * 8, k + t + 4);
+      for (int j = 0; j < NN; j += 2) {
+        const int line = n + j * 8;
+        uint32_t two[4];
+        if constexpr (b_along_k) {
+          ldmatrix_x4(two, b_tile + TileB::offset(line + within + third * 8, k + second * 4));
+        } else {
+#pragma unroll
+          for (int q = 0; q < 4; ++q)
+            two[q] = bit_cast<uint32_t>(float(b_tile[TileB::offset(line + g + q / 2 * 8, k + t + q % 2 * 4)]));
+        }
+#pragma unroll
+        for (int q = 0; q < 4; ++q) b[j + q / 2][q % 2] = to_tf32(bit_cast<float>(two[q]));
+      }
 #pragma unroll
       for (int i = 0; i < MM; ++i) {
 #pragma unroll

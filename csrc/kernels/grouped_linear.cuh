@@ -100,6 +100,9 @@ std::string describe_grouped_linear() {
          describe_product<T, math, false, false, false, true>() + describe_product<T, math, false, false, true, true>();
 }
 
+// One of the kernels, to ask about all of them; in grouped_linear_fma.cu.
+const void* any_kernel();
+
 // Each combination is compiled in a file of its own, csrc/cuda/grouped_linear_<math>.cu.
 #define EFFENS_GROUPED_LINEAR(EXTERN, T, math)                                                           \
   EXTERN template void launch_grouped_linear_fwd<T, math>(const Product<T>&, int64_t, const Setting&);   \

@@ -15,7 +15,7 @@ using stream_t = cudaStream_t;
 
 inline void check_launch(cudaError_t error, const char* name) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or the next launch, by whomever, would report it again
+  cudaGetLastError();  // this runtime's own record of it
   throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 

@@ -24,9 +24,10 @@ struct Tile {
   static constexpr int size = rows * row;
   static constexpr int bytes = size * int(sizeof(T));
 
+  // The threads fetch `pass` whole rows at a time, 16 bytes each, and so each stays in its columns.
   static constexpr int per_chunk = 16 / int(sizeof(T)), chunks_per_row = columns / per_chunk;
-  static constexpr int chunks = rows * chunks_per_row / threads;  // that each thread fetches
-  static_assert(chunks * threads * per_chunk == rows * columns, "the threads should share the tile evenly");
+  static constexpr int pass = threads / chunks_per_row;
+  static_assert(pass * chunks_per_row == threads && rows % pass == 0, "the threads should share the tile evenly");
 
   static __device__ __forceinline__ int offset(int line, int k) { return along_k ? line * row + k : k * row + line; }
 
@@ -36,41 +37,41 @@ struct Tile {
     const int64_t down = along_k ? from.row : from.col, along = along_k ? from.col : from.row;
     const int first_row = along_k ? line : k, first_column = along_k ? k : line;
     const int row_end = along_k ? line_end : k_end, column_end = along_k ? k_end : line_end;
+    const int r = int(threadIdx.x) / chunks_per_row, c = int(threadIdx.x) % chunks_per_row * per_chunk;
+    const int rows_left = row_end - first_row - r;
+    const int valid = min(max(column_end - first_column - c, 0), per_chunk);  // elements of a chunk that exist
+    Shared<T> to = tile + (r * row + c);
+    // May point beyond the matrix where nothing is read.
+    Global<const T> source = matrix + (int64_t(first_row + r) * down + int64_t(first_column + c) * along);
+    if (from.vectors) {
 #pragma unroll
-    for (int i = 0; i < chunks; ++i) {
-      const int chunk = int(threadIdx.x) + i * threads;
-      const int r = chunk / chunks_per_row, c = chunk % chunks_per_row * per_chunk;
-      const int left =
-          first_row + r < row_end ? column_end - first_column - c : 0;  // elements of this chunk that exist
-      const int valid = min(max(left, 0), per_chunk);
-      const Shared<T> to = tile + (r * row + c);
-      Global<const T> source = matrix;  // not moved, and so in bounds, where nothing is read
-      if (valid > 0) source += int64_t(first_row + r) * down + int64_t(first_column + c) * along;
-      if (from.vectors) {
-        cp_async<16>(to, source, valid * int(sizeof(T)));
-      } else if constexpr (sizeof(T) == 4) {
+      for (int i = 0; i < rows; i += pass, source += pass * down)
+        cp_async<16>(to + i * row, source, i < rows_left ? valid * int(sizeof(T)) : 0);
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < rows; i += pass, to += pass * row, source += pass * down) {
+      const int there = i < rows_left ? valid : 0;
 #pragma unroll
-        for (int j = 0; j < per_chunk; ++j)
-          cp_async<4>(to + j, j < valid ? source + j * along : source, j < valid ? 4 : 0);
-      } else {
-#pragma unroll
-        for (int j = 0; j < per_chunk; ++j) to[j] = j < valid ? T(source[j * along]) : from_float<T>(0.0f);
+      for (int j = 0; j < per_chunk; ++j) {
+        if constexpr (sizeof(T) == 4)
+          cp_async<4>(to + j, source + j * along, j < there ? 4 : 0);
+        else
+          to[j] = j < there ? T(source[j * along]) : from_float<T>(0.0f);
       }
     }
   }
 
-  // tile = f(tile, other), by each thread for what it has fetched itself, and so before the block's barrier.
+  // f(values, others) on each chunk of the tile and of `other`, by the thread that has fetched both, and so before the
+  // block's barrier.
   template <class F>
   static __device__ __forceinline__ void transform(Shared<T> tile, Shared<T> other, F f) {
+    const int at = int(threadIdx.x) / chunks_per_row * row + int(threadIdx.x) % chunks_per_row * per_chunk;
 #pragma unroll 1
-    for (int i = 0; i < chunks; ++i) {
-      const int chunk = int(threadIdx.x) + i * threads;
-      const int at = chunk / chunks_per_row * row + chunk % chunks_per_row * per_chunk;
-      Vector<T, per_chunk> values = load<per_chunk>(tile + at);
-      const Vector<T, per_chunk> others = load<per_chunk>(other + at);
-#pragma unroll
-      for (int j = 0; j < per_chunk; ++j) values[j] = from_float<T>(f(to_float(values[j]), to_float(others[j])));
-      store(tile + at, values);
+    for (int i = 0; i < rows; i += pass) {
+      Vector<T, per_chunk> values = load<per_chunk>(tile + (at + i * row));
+      f(values, load<per_chunk>(other + (at + i * row)));
+      store(tile + (at + i * row), values);
     }
   }
 };

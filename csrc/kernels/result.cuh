@@ -24,13 +24,18 @@ struct Result {
   __device__ __forceinline__ void store_tile(Shared<const float> tile, int tile_row, int member, int m, int m_end,
                                              int n, int n_end) const {
     constexpr int width = 16 / int(sizeof(T)), across = N / width;
-    static_assert(M * across % threads == 0);
-    const Global<const T> member_bias = bias + (bias == nullptr ? 0 : member * bias_batch);
+    static_assert(threads % across == 0 && M % (threads / across) == 0);  // a thread stays in its columns
+    const int c = int(threadIdx.x) % across * width, valid = min(n_end - n - c, width);
+    if (valid <= 0) return;
+    float add[width] = {};
+    if (bias != nullptr) {
+      const Global<const T> from = bias + (member * bias_batch + n + c);
+#pragma unroll
+      for (int j = 0; j < width; ++j)
+        if (j < valid) add[j] = to_float(from[j]);
+    }
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < M * across; i += threads) {
-      const int r = i / across, c = i % across * width;
-      const int valid = m + r < m_end ? min(n_end - n - c, width) : 0;
-      if (valid <= 0) continue;
+    for (int r = int(threadIdx.x) / across; r < M && m + r < m_end; r += threads / across) {
       const int64_t first = member * batch + (m + r) * row;
       float values[width];
 #pragma unroll
@@ -39,16 +44,10 @@ struct Result {
 #pragma unroll
         for (int q = 0; q < 4; ++q) values[j + q] = v[q];
       }
-      if (bias != nullptr) {
 #pragma unroll
-        for (int j = 0; j < width; ++j)
-          if (j < valid) values[j] += to_float(member_bias[n + c + j]);
-      }
+      for (int j = 0; j < width; ++j) values[j] += add[j];
       if (z != nullptr) write<width>(z + first, n + c, valid, values);
-      if (activation != Activation::none) {
-#pragma unroll
-        for (int j = 0; j < width; ++j) values[j] = activate(activation, values[j]);
-      }
+      activate(activation, values);
       write<width>(y + first, n + c, valid, values);
     }
   }
@@ -63,9 +62,15 @@ struct Result {
       store(to + place(column), v);
       return;
     }
+    to += place(column);
+    int within = group == 0 ? 0 : column % group;
 #pragma unroll
-    for (int j = 0; j < width; ++j)
-      if (j < valid) to[place(column + j)] = v[j];
+    for (int j = 0; j < width; ++j) {
+      if (j < valid) *to = v[j];
+      const bool last = group != 0 && ++within == group;
+      if (last) within = 0;
+      to += group == 0 ? col : last ? group_stride - group + 1 : 1;
+    }
   }
 
   __device__ __forceinline__ int64_t place(int column) const {

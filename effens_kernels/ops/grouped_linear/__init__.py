@@ -60,9 +60,9 @@ def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
             check(op, x, weight, bias, activation)
             raise
     check(op, x, weight, bias, activation)
-    chosen = _dispatch.select(
-        _dispatch.Problem("grouped_linear", x.device.type, x.dtype, min(*x.shape[-2:], weight.shape[1])), backend
-    )
+    sizes = weight.shape[0], x.shape[-2], x.shape[-1], weight.shape[1]
+    problem = _dispatch.Problem("grouped_linear", x.device.type, x.dtype, sizes, x.device.index)
+    chosen = _dispatch.select(problem, backend)
     if chosen == "reference":
         return reference.grouped_linear(x, weight, bias, activation)
     return autograd.apply(x, weight, bias, activation, chosen)
