@@ -28,6 +28,13 @@ struct Product {
   Activation slope = Activation::none;
 };
 
+// How many large blocks the shared memory of a multiprocessor has room for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int large_blocks = 1;
+#else
+constexpr int large_blocks = 2;
+#endif
+
 // Everything that is fixed when compiling: the tile, who computes it and how.
 template <class T_, Math math, int M_, int N_, bool a_along_k, bool b_along_k, bool through_>
 struct Block {
@@ -38,7 +45,7 @@ struct Block {
   static constexpr int threads = large ? 256 : small ? 64 : 128;
   // How many blocks the registers of a multiprocessor should leave room for.
   static constexpr bool register_hungry = through_ || math == Math::fma;
-  static constexpr int of_large = register_hungry || !a_along_k || !b_along_k ? 1 : 2;
+  static constexpr int of_large = register_hungry || !a_along_k || !b_along_k ? 1 : large_blocks;
   static constexpr int blocks_per_sm = large ? of_large : small ? 8 : register_hungry ? 3 : 4;
 
   using TileA = Tile<T, M, K, a_along_k, threads>;
