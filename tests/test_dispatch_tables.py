@@ -86,3 +86,25 @@ def test_an_argument_overrides(imagined_gpu):
     dispatch_table.write(REPORT, imagined_gpu)
     problem = _dispatch.Problem("grouped_linear", "cuda", torch.bfloat16, (8, 256, 64, 64))
     assert _dispatch.select(problem, "reference") == "reference"
+
+
+def test_compiled_code_takes_the_choice_as_a_constant(monkeypatch):
+    """What is asked of the GPU cannot be traced; sizes may be symbols."""
+    name = "effens_kernels_cuda::grouped_linear_fwd"
+
+    def untraceable() -> str | None:
+        return None if isinstance(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), bool) else "never"
+
+    def function(x):
+        sizes = 8, x.shape[0], 64, 64
+        return x + len(_dispatch.select(_dispatch.Problem("grouped_linear", "cuda", x.dtype, sizes)))
+
+    monkeypatch.setattr(_dispatch, "_why_not_cuda", untraceable)
+    monkeypatch.setattr(_dispatch, "takes_device", lambda backend: "cuda")
+    _dispatch._why_not_here.cache_clear()
+    try:
+        compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+        assert compiled(torch.zeros(5)).eq(len("cuda")).all()
+        assert compiled(torch.zeros(7)).eq(len("cuda")).all()
+    finally:
+        _dispatch._why_not_here.cache_clear()
