@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from common import ROOT
-from cuda_budgets import Kernel, budgets, described, measured
+from cuda_budgets import Kernel, budgets, described, measured, table
 
 from effens_kernels import _env, _native
 
@@ -40,6 +40,7 @@ def over(arch: str, kernel: Kernel) -> list[str]:
 
 
 def test_budgets():
+    print(table())
     problems = [problem for arch in ARCHITECTURES for kernel in measured()[arch] for problem in over(arch, kernel)]
     assert not problems, "\n".join(problems)
 
