@@ -51,6 +51,18 @@ struct Memory {
   std::vector<float> x = std::vector<float>(1024, 1), y = std::vector<float>(1024);
 };
 
+// A launch like any other.
+inline void check_sum() {
+  const auto x = integers(1000);
+  std::vector<float> sums(4);
+  launch(sum_kernel<256>, "sum_kernel", 4, 256, 0, nullptr, in(x, "x"), out(sums, "sums"), 1000);
+  for (size_t b = 0; b < 4; ++b) {
+    float expected = 0;
+    for (size_t i = b * 256; i < std::min<size_t>(1000, b * 256 + 256); ++i) expected += x[i];
+    CHECK(sums[b] == expected, "sum %zu is %g, should be %g", b, sums[b], expected);
+  }
+}
+
 // Prints how it went; what main returns.
 inline int report() {
   std::printf("%ld results checked\n", long(checks));

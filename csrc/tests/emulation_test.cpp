@@ -11,17 +11,6 @@
 namespace effens::test {
 namespace {
 
-void check_sum() {
-  const auto x = integers(1000);
-  std::vector<float> sums(4);
-  launch(sum_kernel<256>, "sum_kernel", 4, 256, 0, nullptr, in(x, "x"), out(sums, "sums"), 1000);
-  for (size_t b = 0; b < 4; ++b) {
-    float expected = 0;
-    for (size_t i = b * 256; i < std::min<size_t>(1000, b * 256 + 256); ++i) expected += x[i];
-    CHECK(sums[b] == expected, "sum %zu is %g, should be %g", b, sums[b], expected);
-  }
-}
-
 template <class T>
 void check_transpose() {
   const int rows = 45, cols = 70;
