@@ -139,6 +139,7 @@ def _linear_cases() -> Iterator[LinearCase]:
     yield LinearCase(1, 13, 17, 19, shared=True, bias=False)
     yield LinearCase(5, 8, 12, 7, bias=False)
     yield LinearCase(37, 3, 5, 2, shared=True)
+    yield LinearCase(6, 5, 24, 1, shared=True, activation="relu")
     for layout in ("transposed", "inner", "stepped", "offset"):
         yield LinearCase(4, 9, 21, 18, activation="relu", x_layout=layout)
         yield LinearCase(4, 9, 21, 18, shared=True, activation="gelu", x_layout=layout)

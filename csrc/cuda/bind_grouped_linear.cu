@@ -47,6 +47,7 @@ Product<T> product(const Sizes& s, const Tensor& x, const Tensor& weight, const 
   if (bias) p.c.bias = input<T>(*bias, "bias"), p.c.bias_batch = bias->stride(0);
   if (folds(s, weight, bias)) {
     p.n = s.members * s.outputs;
+    p.b.row = weight.stride(1);  // from member to member too, also where each has one output
     p.c.group = s.outputs, p.c.group_stride = p.c.batch;
     p.c.batch = p.c.bias_batch = 0;
   }
