@@ -76,6 +76,24 @@ static void transform(const T* src, int64_t src_outer, int64_t src_inner, const 
   }
 }
 
+// The same without sums, times scale[i] or, with `scale_inner`, scale[j].
+template <Activation slope, bool straight, class D, class T>
+static void transform_scaled(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
+                             int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, const T* scale,
+                             bool scale_inner) {
+  using C = Compute<T>;
+  for (int64_t i = 0; i < outer; ++i) {
+    const vec<C> of_row = broadcast(scale_inner ? C(0) : load_one(scale + i));
+    by_vectors<C>(inner, [&](int64_t j, auto some) __attribute__((always_inline)) {
+      vec<C> v = load(src + i * src_outer + j * src_inner, some, straight ? 1 : src_inner);
+      if constexpr (slope != Activation::none)
+        v = backpropagate<C>(slope, v,
+                             load(saved + i * saved_outer + j * saved_inner, some, straight ? 1 : saved_inner));
+      store(dst + i * ld + j, v * (scale_inner ? load(scale + j, some) : of_row), some);
+    });
+  }
+}
+
 // relu on 16-bit floats needs no arithmetic: keep the bits of src where saved is above 0 or not a number.
 template <class T>
 static void mask_bits(const T* src, int64_t src_outer, const T* saved, int64_t saved_outer, int64_t outer,
@@ -104,8 +122,12 @@ static void mask_bits(const T* src, int64_t src_outer, const T* saved, int64_t s
 template <Activation slope, class D, class T>
 static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
                       int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, Compute<T>* sums,
-                      bool sum_inner) {
+                      bool sum_inner, const T* scale) {
   const bool straight = src_inner == 1 && (slope == Activation::none || saved_inner == 1);
+  if (scale) {
+    const auto run = straight ? transform_scaled<slope, true, D, T> : transform_scaled<slope, false, D, T>;
+    return run(src, src_outer, src_inner, saved, saved_outer, saved_inner, outer, inner, dst, ld, scale, sum_inner);
+  }
   if constexpr (slope == Activation::relu && sizeof(T) == 2 && sizeof(D) == 2)
     if (straight && !sums) return mask_bits(src, src_outer, saved, saved_outer, outer, inner, dst, ld);
   const auto run = straight ? transform<slope, true, D, T> : transform<slope, false, D, T>;
@@ -238,4 +260,26 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
       });
     }
   }
+}
+
+// A packed panel's columns times scale[0 .. cols).
+template <class U, class T>
+static void scale_panel(U* panel, int64_t units, int64_t width, const T* scale, int64_t cols) {
+  using C = Compute<T>;
+  by_vectors<C>(cols, [&](int64_t j, auto some) __attribute__((always_inline)) {
+    const vec<C> by = load(scale + j, some);
+    for (int64_t u = 0; u < units; ++u) {
+      U* at = panel + u * width + j;
+      if constexpr (per_unit<U> == 2) {
+        vec_u32 pair;
+        __builtin_memcpy(&pair, at, sizeof(pair));
+        const vec_half_bits low = narrow(bit_cast<vec<float>>(pair << 16) * by, T{});
+        const vec_half_bits high = narrow(bit_cast<vec<float>>(pair & 0xffff0000u) * by, T{});
+        pair = __builtin_convertvector(low, vec_u32) | (__builtin_convertvector(high, vec_u32) << 16);
+        __builtin_memcpy(at, &pair, sizeof(pair));
+      } else {
+        store(at, load(at) * by);
+      }
+    }
+  });
 }
