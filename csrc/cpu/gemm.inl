@@ -17,7 +17,7 @@ struct Product {
   static constexpr int64_t packed_bytes = 1 << 20;               // of B, to stay in L2
   static constexpr int64_t region_bytes = 1 << 20;               // of partial sums
   static constexpr int64_t strips_bytes = 1 << 19;               // of A, where all strips are packed at once
-  static constexpr int64_t folded_bytes = 1 << 18;               // of B packed, beside as much of W and of the sum
+  static constexpr int64_t folded_bytes = 1 << 19;               // of B packed, beside as much of W and of the sum
   static constexpr int64_t strip_ld = k_block + 64 / sizeof(U);  // a power of two would alias in L1
   static constexpr bool same_type = sizeof(U) == sizeof(T);      // packed elements are the stored ones
 
@@ -45,10 +45,16 @@ struct Product {
     const int64_t fit = max<int64_t>(2, most / int64_t(units * sizeof(U)) / panel_columns);
     plan.col_block = min(fit * panel_columns, max<int64_t>(1, ceil_div(p.n, panel_columns)) * panel_columns);
     plan.col_blocks = max<int64_t>(p.row_sums ? 1 : 0, ceil_div(p.n, plan.col_block));
+    if (plan.col_blocks > 1) {  // of nearly equal width
+      plan.col_block = ceil_div(ceil_div(p.n, plan.col_blocks), panel_columns) * panel_columns;
+      plan.col_blocks = ceil_div(p.n, plan.col_block);
+    }
     const int64_t outputs = max<int64_t>(1, p.batches * plan.col_blocks);
-    int64_t parts = p.fold ? (plan.col_blocks < 4 ? 2 : 1) : threads > 1 ? ceil_div(4 * threads, outputs) : 1;
+    int64_t parts = threads > 1 ? ceil_div((p.fold ? 2 : 4) * threads, outputs) : 1;
     parts = max<int64_t>(1, min(parts, p.m / (3 * strip_rows)));
-    if (by_columns(p)) parts = max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), strips_bytes));
+    if (by_columns(p))
+      parts =
+          max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), p.fold ? packed_bytes : strips_bytes));
     if (p.reduces > 1 && !p.fold) parts = max(parts, ceil_div(p.m * plan.col_block * int64_t(sizeof(C)), region_bytes));
     plan.row_block = ceil_div(max<int64_t>(1, ceil_div(p.m, strip_rows)), parts) * strip_rows;
     plan.row_blocks = ceil_div(p.m, plan.row_block);
