@@ -9,49 +9,29 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton_budgets import SHARED_MEMORY, TYPES, Launch, compile_for, excesses
 
-from effens_kernels.ops import triton_engine as engine  # noqa: E402
-from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation  # noqa: E402
-from effens_kernels.ops.grouped_linear import triton as grouped_linear  # noqa: E402
+from effens_kernels.ops import triton_engine as engine
+from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation
+from effens_kernels.ops.grouped_linear import triton as grouped_linear
+from effens_kernels.ops.rank1_linear import triton as rank1_linear
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may take
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-PARKED = 32  # bytes: ptxas keeps a few values that only the epilogue needs on the stack, for occupancy
-
 
 # ------------------------------------------------------------------------------------------------ what is launched
-
-
-class Launch(NamedTuple):
-    plan: engine.Plan
-    tensors: tuple[torch.Tensor | None, ...]
-
-    @property
-    def name(self) -> str:
-        return self.plan.kernel.fn.__name__.removesuffix("_kernel")
-
-    @property
-    def tile(self) -> engine.Tile:
-        return engine.Tile(*(self.plan.switches[name] for name in engine.Tile._fields))
-
-    def changed(self, **switches: object) -> Launch:
-        return Launch(self.plan._replace(switches={**self.plan.switches, **switches}), self.tensors)
 
 
 @dataclass(frozen=True)
@@ -69,7 +49,9 @@ class Call:
     tf32: bool = False
     weight_inner: bool = False  # stored [E, I, O]
     far: bool = False  # rows of x so far apart that offsets within a tile take 64 bits
-    need: tuple[bool, bool, bool] = field(default=(True, True, True))
+    need: tuple[bool, ...] = field(default=(True, True, True))
+
+    op: ClassVar[ModuleType] = grouped_linear
 
     def __str__(self) -> str:
         words = [
@@ -88,157 +70,47 @@ class Call:
         """(forward, backward) on a GPU of that compute capability."""
         recorded: list[Launch] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped_linear, "launch", lambda plan, *tensors: recorded.append(Launch(plan, tensors)))
-            patch.setattr(grouped_linear, "capability", lambda device: capability)
-            patch.setattr(grouped_linear, "precision", lambda dtype: "tf32" if self.tf32 else "ieee")
+            patch.setattr(self.op, "launch", lambda plan, *tensors: recorded.append(Launch(plan, tensors)))
+            patch.setattr(self.op, "capability", lambda device: capability)
+            patch.setattr(self.op, "precision", lambda dtype: "tf32" if self.tf32 else "ieee")
             empty = functools.partial(torch.empty, dtype=self.dtype, device="meta")
-            x = empty((self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs))
-            weight = (
-                empty(self.members, self.inputs, self.outputs).mT
-                if self.weight_inner
-                else empty(self.members, self.outputs, self.inputs)
-            )
-            if self.far:
-                x = torch.empty_strided(x.shape, (1 << 40, 1 << 23, 1), dtype=self.dtype, device="meta")
+            factors = self.factors(empty)
             bias = empty(self.members, self.outputs) if self.bias else None
-            y, z = grouped_linear.fwd(x, weight, bias, self.activation, saves_preactivation(self.activation))
+            y, z = self.op.fwd(*factors, bias, self.activation, saves_preactivation(self.activation))
             forward = len(recorded)
-            saved = {"nothing": x.new_empty(0), "output": y, "preactivation": z}[ACTIVATIONS[self.activation].saves]
-            grads = grouped_linear.bwd(empty(y.shape), x, weight, saved, self.activation, *self.need)
-        for grad, like, needed in zip(grads, (x, weight, bias), self.need, strict=True):
+            saved = {"nothing": empty(0), "output": y, "preactivation": z}[ACTIVATIONS[self.activation].saves]
+            grads = self.op.bwd(empty(y.shape), *factors, saved, self.activation, *self.need)
+        for grad, like, needed in zip(grads, (*factors, bias), self.need, strict=True):
             assert grad.shape == (like.shape if needed else (0,))
         return recorded[:forward], recorded[forward:]
 
+    def factors(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return self.x(empty), self.weight(empty, self.members)
 
-# ------------------------------------------------------------------------------------------------ what it takes
+    def x(self, empty: Callable[..., Tensor]) -> Tensor:
+        x = empty((self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs))
+        return torch.empty_strided(x.shape, (1 << 40, 1 << 23, 1), dtype=x.dtype, device="meta") if self.far else x
 
-
-class Budget(NamedTuple):
-    registers: int
-    stack: int
-    spills_in_loops: int
-    shared_memory: int
-    instructions: dict[str, int]  # of the PTX
-
-
-def specialize(launch: Launch) -> ASTSource:
-    """What Triton's launcher compiles for these arguments: None and 1 become constants, multiples of 16 are marked."""
-    plan = launch.plan
-    values = dict(zip(plan.kernel.arg_names, (*launch.tensors, *plan.scalars))) | plan.switches
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(plan.kernel.params):
-        value, free = values[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (not isinstance(value, torch.Tensor) and value == 1 and not free):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not free):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(plan.kernel, signature, constants, attributes)
+    def weight(self, empty: Callable[..., Tensor], *members: int) -> Tensor:
+        if self.weight_inner:
+            return empty(*members, self.inputs, self.outputs).mT
+        return empty(*members, self.outputs, self.inputs)
 
 
-_compiled: dict[tuple, Budget] = {}
+@dataclass(frozen=True)
+class Rank1Call(Call):
+    """One forward and backward of rank1_linear."""
 
+    need: tuple[bool, ...] = field(default=(True,) * 5)
 
-def compile_for(launch: Launch, capability: int) -> Budget:
-    source = specialize(launch)
-    options = {name: launch.plan.switches[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    key = source.hash(), capability, *options.values()
-    if key not in _compiled:
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        usage = run_tool("cuobjdump", "-res-usage", kernel.asm["cubin"])
-        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-        in_loops = spills_in_loops(run_tool("nvdisasm", "-c", kernel.asm["cubin"])) if stack + local else 0
-        ptx = kernel.asm["ptx"]
-        counts = {
-            name: len(re.findall(pattern, ptx))
-            for name, pattern in (
-                ("mma", r"\bmma\.sync"),
-                ("wgmma", r"\bwgmma\.mma_async"),
-                ("tcgen05", r"\btcgen05\.mma"),
-                ("fma", r"\bfma\.rn(\.\w+)*\.f32"),
-                ("async_copy", r"\bcp\.async\.c"),
-            )
-        }
-        _compiled[key] = Budget(registers, stack + local, in_loops, kernel.metadata.shared, counts)
-    return _compiled[key]
+    op: ClassVar[ModuleType] = rank1_linear
 
+    def __str__(self) -> str:
+        return f"rank1-{super().__str__()}"
 
-def run_tool(name: str, option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-
-
-def spills_in_loops(sass: str) -> int:
-    """How many loads and stores of the local stack lie on a cycle of the control flow."""
-    names, after, spills, block = {}, [set()], [0], 0  # block names; successors (names or numbers) and spills by block
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_\w+):", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_]+)(.*);", line)
-        target = re.search(r"`\((\.L_\w+)\)", line) if instruction else None
-        if instruction and instruction[2] in ("LDL", "STL"):
-            spills[block] += 1
-        ends = instruction and instruction[2] in ("BRA", "EXIT") and not instruction[1] and "P" not in instruction[3]
-        if target:
-            after[block].add(target[1])
-        if label or target or ends:
-            after, spills, block = [*after, set()], [*spills, 0], block + 1
-            if not ends:
-                after[block - 1].add(block)
-        if label:
-            names[label[1]] = block
-
-    def returns(start: int) -> bool:
-        seen, pending = set(), [start]
-        while pending:
-            for successor in after[pending.pop()]:
-                number = names.get(successor, successor)
-                if number == start:
-                    return True
-                if number not in seen and isinstance(number, int):
-                    seen.add(number)
-                    pending.append(number)
-        return False
-
-    return sum(count for block, count in enumerate(spills) if count and returns(block))
-
-
-def excesses(launch: Launch, capability: int) -> list[str]:
-    """What this launch takes too much of, or lacks; prints its budget."""
-    budget, tile = compile_for(launch, capability), launch.tile
-    tensor = launch.tensors[0]
-    computes = launch.name != "grouped_linear_wgrad" or launch.tensors[3] is not None
-    print(
-        f"{launch.name:22} sm_{capability} {TYPES[tensor.dtype]} {launch.plan.switches['PRECISION']} "
-        f"{launch.plan.switches['ACTIVATION']!s:5} tile {tile.BLOCK_M:3}x{tile.BLOCK_N:3}x{tile.BLOCK_K:3} "
-        f"warps {tile.num_warps} stages {tile.num_stages} | registers {budget.registers:3} stack {budget.stack:2} "
-        f"shared {budget.shared_memory >> 10:3} KB | "
-        + " ".join(f"{name} {count}" for name, count in budget.instructions.items() if count)
-    )
-    found = []
-    if budget.spills_in_loops or budget.stack > PARKED:
-        found.append(f"spills: {budget.spills_in_loops} in loops, {budget.stack} bytes of stack")
-    if budget.registers > 255:
-        found.append(f"{budget.registers} registers")
-    if budget.shared_memory > SHARED_MEMORY[capability]:
-        found.append(f"{budget.shared_memory} bytes of shared memory")
-    tensor_cores = {"mma": 80, "wgmma": 90, "tcgen05": 100}
-    used = {name for name in tensor_cores if budget.instructions[name]}
-    if tensor.dtype == torch.float32 and launch.plan.switches["PRECISION"] == "ieee":
-        if used:
-            found.append(f"float32 goes through {used}")
-    elif computes:
-        # Below 64 rows neither wgmma nor tcgen05 applies.
-        wanted = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma") if tile.BLOCK_M >= 64 else "mma"
-        if wanted not in used:
-            found.append(f"no {wanted}, but {used or 'no tensor core instruction'}")
-    return [f"{launch.name} {tile} on sm_{capability}: {problem}" for problem in found]
+    def factors(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        scales = empty(self.members, self.inputs), empty(self.members, self.outputs)
+        return self.x(empty), self.weight(empty), *scales
 
 
 # ------------------------------------------------------------------------------------------------ tests

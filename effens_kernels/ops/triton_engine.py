@@ -362,6 +362,11 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 16, 32, 4, 3),
     ),
 }
+# Besides, for programs with a second accumulator, which are limited by registers.
+TWICE: dict[str, tuple[Tile, ...]] = {
+    "tensor": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    "fma": (Tile(64, 64, 16, 8, 3),),
+}
 
 
 class Device(NamedTuple):
@@ -418,34 +423,42 @@ def choose_tile(
 ) -> Tile:  # fmt: skip
     """The tile for `members` products of [rows, columns], with an `activation` on results or its `slope` on operand a.
 
+    `scales` of operand a: 0 for none, 1 along the reduction, 2 along its rows as well.
+
     The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
     way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.
-    What takes registers makes tiles smaller: an activation, its slope (with the second tensor that it loads), rows that
-    are not aligned (one address per element, not per 16 bytes), 64-bit offsets.
+    What takes registers makes tiles smaller: an activation, its slope (with the second tensor that it loads), scales by
+    row (likewise), a second accumulator, rows that are not aligned (one address per element, not per 16 bytes), 64-bit
+    offsets.
     """
     kind = "fma" if dtype == torch.float32 and precision == "ieee" else "tensor"
     device = _device(capability)
     area = device.area
-    if activation or slope:
-        area = min(area, 64 * 64 if slope and device.fragments else 128 * 128)
+    tensors = 1 + slope + (scales == 2)  # that operand a is made of
+    if activation or tensors > 1:
+        area = min(area, 64 * 64 if tensors > 1 and device.fragments else 128 * 128)
+    if accumulators > 1:
+        area = min(area, 64 * 64 if kind == "fma" or (slope and device.fragments) else 64 * 128)
     if not layout.aligned:
-        area = min(area, 64 * 64)
+        area = min(area, 32 * 32 if scales == 2 else 64 * 64)
     if layout.wide:
         area = min(area, 32 * 32)
+    table = TWICE[kind] + TILES[kind] if accumulators > 1 else TILES[kind]
     tall, wide = (max(16, triton.next_power_of_2(size)) for size in (rows, columns))
-    for tile in TILES[kind]:
+    for tile in table:
         if tile.BLOCK_M > tall or tile.BLOCK_N > wide or tile.BLOCK_M * tile.BLOCK_N > area:
             continue
         if members * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N) >= device.fill:
             break
     else:
-        tile = TILES[kind][-1]
+        tile = table[-1]
 
     block_k = tile.BLOCK_K * (4 // dtype.itemsize)
     if kind == "tensor" and (not layout.aligned or (device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
         block_k //= 2  # fewer addresses, fewer fragments
-    stage = ((2 if slope else 1) * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
-    return tile._replace(BLOCK_K=block_k, num_stages=max(2, min(tile.num_stages, device.memory // stage)))
+    stage = (tensors * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
+    stages = min(tile.num_stages, 3 if scales and device.fragments else 4, device.memory // stage)
+    return tile._replace(BLOCK_K=block_k, num_stages=max(2, stages))
 
 
 # ------------------------------------------------------------------------------------------------ host: launch
@@ -476,7 +489,9 @@ class Plan(NamedTuple):
     switches: dict[str, object]
 
     @staticmethod
-    def of(kernel: triton.JITFunction, programs: int, scalars: tuple[int, ...], tile: Tile | Block, **switches: object) -> Plan:
+    def of(
+        kernel: triton.JITFunction, programs: int, scalars: tuple[int, ...], tile: Tile | Block, **switches: object
+    ) -> Plan:
         if programs >= 2**31:
             raise ValueError(f"{kernel.fn.__name__}: {programs} tiles are more than one launch can hold (2**31 - 1)")
         # Named because its default changes in Triton 3.10.

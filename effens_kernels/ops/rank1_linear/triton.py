@@ -152,6 +152,8 @@ def rank1_linear_wgrad_kernel(
     """Parts of dW [groups, outputs, inputs], dr [row tiles, members, inputs] and ds [column tiles, members, outputs]
     from G = g^T x of each of a group's `span` members; db by the programs of one further column tile.  Any of the
     four may be None."""
+    # W stays in registers; plain multiply-adds, which keep their operands there, leave no room for it.
+    HOLD: tl.constexpr = PRECISION != "ieee" or weight.dtype.element_ty != tl.float32
     column_tiles = 0
     if dw is not None or dr is not None or ds is not None:
         column_tiles = tl.cdiv(inputs, BLOCK_N)
@@ -170,7 +172,10 @@ def rank1_linear_wgrad_kernel(
     if dw is not None or dr is not None or ds is not None:
         if n < column_tiles:
             columns = operand(lines(x, n, inputs, x_in, 1, 0, False, WIDE, BLOCK_N), x_row, 0, False, WIDE, BLOCK_K)
-            weights = operand(lines(weight, m, outputs, w_out, 1, 0, False, WIDE, BLOCK_M), w_in, 0, False, WIDE, BLOCK_N)
+            weights = lines(weight, m, outputs, w_out, 1, 0, False, WIDE, BLOCK_M)
+            weights = operand(weights, w_in, 0, False, WIDE, BLOCK_N)
+            if HOLD:
+                w = load_tile(weights, n * BLOCK_N, inputs, 1, None, False, WIDE, False, BLOCK_N)
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             steps = tl.cdiv(rows, BLOCK_K)
@@ -181,24 +186,25 @@ def rank1_linear_wgrad_kernel(
                 acc = multiply(load_gradient, operands, ACTIVATION, load_tile, of_member(columns, e, x_member), None,
                                acc, k, rows, 1, False, WIDE, EVEN_K, PRECISION, BLOCK_K)
                 if step % steps == steps - 1:
-                    e = tl.cast(e, tl.int64)
-                    by, down, row_valid = lines(s + e * s_member, m, outputs, s_out, 1, 0, False, WIDE, BLOCK_M)
-                    by_row = tl.load(by + down, mask=row_valid, other=0.0).to(tl.float32)
-                    by, along, column_valid = lines(r + e * r_member, n, inputs, r_in, 1, 0, False, WIDE, BLOCK_N)
-                    by_column = tl.load(by + along, mask=column_valid, other=0.0).to(tl.float32)
+                    at = tl.cast(e, tl.int64)
+                    p, down, row_valid = lines(s + at * s_member, m, outputs, s_out, 1, 0, False, WIDE, BLOCK_M)
+                    by_row = tl.load(p + down, mask=row_valid, other=0.0).to(tl.float32)
+                    p, along, column_valid = lines(r + at * r_member, n, inputs, r_in, 1, 0, False, WIDE, BLOCK_N)
+                    by_column = tl.load(p + along, mask=column_valid, other=0.0).to(tl.float32)
                     if dr is not None or ds is not None:
-                        w = load_tile(weights, n * BLOCK_N, inputs, 1, None, False, WIDE, False, BLOCK_N)
-                        w = w.to(tl.float32) * acc
+                        if not HOLD:
+                            w = load_tile(weights, n * BLOCK_N, inputs, 1, None, False, WIDE, False, BLOCK_N)
+                        wg = w.to(tl.float32) * acc
                         if dr is not None:
-                            p = dr + (tl.cast(m, tl.int64) * members + e) * inputs
-                            p, along, column_valid = lines(p, n, inputs, 1, 1, 0, False, WIDE, BLOCK_N)
-                            part = tl.sum(w * by_row[:, None], 0)
-                            tl.store(p + along, narrow(part, dr.dtype.element_ty), mask=column_valid)
+                            part_of_dr = dr + (tl.cast(m, tl.int64) * members + at) * inputs
+                            q, along, column_valid = lines(part_of_dr, n, inputs, 1, 1, 0, False, WIDE, BLOCK_N)
+                            part = tl.sum(wg * by_row[:, None], 0)
+                            tl.store(q + along, narrow(part, dr.dtype.element_ty), mask=column_valid)
                         if ds is not None:
-                            p = ds + (tl.cast(n, tl.int64) * members + e) * outputs
-                            p, down, row_valid = lines(p, m, outputs, 1, 1, 0, False, WIDE, BLOCK_M)
-                            part = tl.sum(w * by_column[None, :], 1)
-                            tl.store(p + down, narrow(part, ds.dtype.element_ty), mask=row_valid)
+                            part_of_ds = ds + (tl.cast(n, tl.int64) * members + at) * outputs
+                            q, down, row_valid = lines(part_of_ds, m, outputs, 1, 1, 0, False, WIDE, BLOCK_M)
+                            part = tl.sum(wg * by_column[None, :], 1)
+                            tl.store(q + down, narrow(part, ds.dtype.element_ty), mask=row_valid)
                     if dw is not None:
                         total += acc * by_row[:, None] * by_column[None, :]
                     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -397,11 +403,15 @@ def _plan_wgrad(g_shape, x_shape, strides, activation, need, dtype, how, capabil
         PRECISION=how,
     )
     counts = tuple(n if needed else 0 for n, needed in zip((groups, row_tiles, column_tiles, 1), need))
-    sizes = tuple(n if count > 1 else 0 for n, count in zip((outputs * inputs, members * inputs, members * outputs), counts))
+    sizes = tuple(
+        n if count > 1 else 0 for n, count in zip((outputs * inputs, members * inputs, members * outputs), counts)
+    )
     if not any(sizes):
         return Sums(plan, counts, None)
     block = Block()
-    add = Plan.of(rank1_linear_add_kernel, sum(triton.cdiv(n, block.BLOCK) for n in sizes), (*sizes, *counts[:3]), block)
+    add = Plan.of(
+        rank1_linear_add_kernel, sum(triton.cdiv(n, block.BLOCK) for n in sizes), (*sizes, *counts[:3]), block
+    )
     return Sums(plan, counts, add)
 
 
@@ -410,7 +420,9 @@ def _by_member(strides: tuple[int, ...]) -> tuple[int, ...]:
     return strides if len(strides) == 3 else (0, *strides)
 
 
-def _layout(inputs: int, outputs: int, tensors: tuple[tuple[int, ...], ...], scales: tuple[tuple[int, ...], ...]) -> Layout:
+def _layout(
+    inputs: int, outputs: int, tensors: tuple[tuple[int, ...], ...], scales: tuple[tuple[int, ...], ...]
+) -> Layout:
     """Scales and biases are small: their strides make offsets wide, but need not be aligned."""
     layout = Layout.of(inputs, outputs, *tensors)
     return layout._replace(wide=layout.wide or Layout.of(0, 0, *((0, 0, feature) for _, feature in scales)).wide)
