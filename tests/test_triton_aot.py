@@ -8,6 +8,7 @@ these shapes would launch.  Where conftest.py turns the interpreter on, the comp
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -128,8 +129,15 @@ SHARED = Call(20, 4096, 512, 80, shared=True)
 FLOAT, HALF = torch.float32, torch.float16
 
 
+ALL_BUT_X, ALL_BUT_BIAS, ONLY_X = (False, *[True] * 4), (*[True] * 4, False), (True, *[False] * 4)  # of rank1_linear
+
+
 def calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) -> list[tuple[int, Call]]:
     return [(capability, Call(*size, **options)) for size in sizes]
+
+
+def rank1_calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) -> list[tuple[int, Call]]:
+    return [(capability, Rank1Call(*size, **options)) for size in sizes]
 
 
 CALLS = [
@@ -156,6 +164,15 @@ CALLS = [
     *(pair for c in (80, 100) for pair in calls(c, LARGE, dtype=FLOAT, tf32=True, activation="relu")),
     *(pair for c in (86, 120) for pair in calls(c, LARGE, activation="relu")),  # less shared memory
     (80, SHARED),
+    *rank1_calls(90, (32, 1024, 1024, 1024)),
+    *rank1_calls(90, (32, 1024, 1024, 1024), activation=None, shared=True, need=ALL_BUT_BIAS),
+    *rank1_calls(90, (96, 100, 1024, 1024), activation="relu", need=ONLY_X),  # few rows: all members make one product
+    *rank1_calls(90, (31, 101, 1023, 1021), activation="tanh"),
+    *rank1_calls(90, (32, 1024, 512, 512), dtype=FLOAT, activation="relu", shared=True),
+    *rank1_calls(90, (32, 1024, 512, 512), dtype=FLOAT, tf32=True, activation="relu", need=ALL_BUT_X),
+    *rank1_calls(90, (3, 5, 1, 7), dtype=HALF, activation="silu", bias=False, weight_inner=True, need=ALL_BUT_BIAS),
+    *(pair for c in (80, 100) for pair in rank1_calls(c, (32, 1024, 1024, 1024))),
+    *rank1_calls(80, (96, 100, 1024, 1024), activation=None, shared=True, need=ONLY_X),
 ]
 
 
@@ -201,8 +218,9 @@ def test_every_tile_of_the_table_is_compiled(kind: str) -> None:
         if capability == 90 and call.dtype == dtype and not call.tf32
         for launches in call.launches(capability)
         for launch in launches
+        if "BLOCK_M" in launch.plan.switches
     }
-    assert launched == {(tile.BLOCK_M, tile.BLOCK_N) for tile in engine.TILES[kind]}
+    assert launched == {(tile.BLOCK_M, tile.BLOCK_N) for tile in engine.TWICE[kind] + engine.TILES[kind]}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -218,11 +236,39 @@ def test_launches(shared: bool, activation: str | None) -> None:
             assert max(a.numel() for a in launch.tensors if a is not None) <= largest
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_launches_of_rank1_linear(shared: bool, activation: str | None) -> None:
+    """One launch forward and three backward, at most; x comes as it is and no G_e is written."""
+    members, batch, inputs, outputs = 7, 65, 200, 100
+    for need in itertools.product((True, False), repeat=5):
+        call = Rank1Call(members, batch, inputs, outputs, shared=shared, activation=activation, need=need)
+        forward, backward = call.launches(90)
+        assert [launch.name for launch in forward] == ["rank1_linear_fwd"]
+        sums = any(need[1:]) + any(need[1:4])  # db alone has no parts
+        assert len(backward) == need[0] + sums
+        for launch in forward + backward:
+            for tensor in launch.tensors:
+                assert tensor is None or tensor.numel() < members * outputs * inputs
+                assert tensor is None or tensor.shape != (members, batch, inputs) or not shared
+
+
+def test_parts_are_bounded() -> None:
+    """Groups of members are as few as fill the GPU, so that the parts of dW are no larger than its tiles together."""
+    for members, width in ((512, 64), (512, 1024), (3, 1024), (64, 8192)):
+        _, (_, wgrad, _) = Rank1Call(members, 128, width, width).launches(90)
+        tile, (dw, dr, ds) = wgrad.tile, wgrad.tensors[6:9]
+        assert dw.numel() <= max(width * width, 2 * engine.fill(90) * tile.BLOCK_M * tile.BLOCK_N)
+        assert dr.numel() <= members * width * -(-width // tile.BLOCK_M)
+        assert ds.numel() <= members * width * -(-width // tile.BLOCK_N)
+
+
+@pytest.mark.parametrize("kind", [Call, Rank1Call])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_empty_grid(capability: int) -> None:
+def test_no_empty_grid(capability: int, kind: type[Call]) -> None:
     for sizes in ((0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)):
         for shared in (False, True):
-            for launches in Call(*sizes, shared=shared).launches(capability):
+            for launches in kind(*sizes, shared=shared).launches(capability):
                 assert all(launch.plan.programs > 0 for launch in launches)
 
 
