@@ -235,11 +235,25 @@ def add_parts(parts, result, block, size, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_columns(which, n, columns, stride, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns of tile n of what `member_lines()` found, in float32, to go with an accumulator."""
+    """Columns of tile n of what `member_lines()` found, in float32, to go with an accumulator's rows."""
     pointer, down, row_valid = which
     pointer, along, column_valid = lines(pointer, n, columns, stride, 1, 0, False, WIDE, BLOCK_N)
     valid = row_valid[:, None] & column_valid[None, :]
     return tl.load(pointer + (down[:, None] + along[None, :]), mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_line(pointer, tile, size, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of a line of `size` elements, in float32, to go with an accumulator."""
+    pointer, offsets, valid = lines(pointer, tile, size, stride, 1, 0, False, WIDE, BLOCK)
+    return tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_line(pointer, values, tile, size, BLOCK: tl.constexpr):
+    """Store float32 values, in the tensor's dtype, as one tile of a contiguous line of `size` elements."""
+    pointer, offsets, valid = lines(pointer, tile, size, 1, 1, 0, False, False, BLOCK)
+    tl.store(pointer + offsets, narrow(values, pointer.dtype.element_ty), mask=valid)
 
 
 @triton.jit

@@ -37,17 +37,18 @@ from ..triton_engine import (
     lines,
     load_columns,
     load_gradient,
+    load_line,
     load_scaled,
     load_scaled_gradient,
     load_tile,
     member_lines,
     multiply,
-    narrow,
     of_member,
     operand,
     precision,
     program_tile,
     row_sums,
+    store_line,
     store_tile,
 )
 
@@ -187,24 +188,18 @@ def rank1_linear_wgrad_kernel(
                                acc, k, rows, 1, False, WIDE, EVEN_K, PRECISION, BLOCK_K)
                 if step % steps == steps - 1:
                     at = tl.cast(e, tl.int64)
-                    p, down, row_valid = lines(s + at * s_member, m, outputs, s_out, 1, 0, False, WIDE, BLOCK_M)
-                    by_row = tl.load(p + down, mask=row_valid, other=0.0).to(tl.float32)
-                    p, along, column_valid = lines(r + at * r_member, n, inputs, r_in, 1, 0, False, WIDE, BLOCK_N)
-                    by_column = tl.load(p + along, mask=column_valid, other=0.0).to(tl.float32)
+                    by_row = load_line(s + at * s_member, m, outputs, s_out, WIDE, BLOCK_M)
+                    by_column = load_line(r + at * r_member, n, inputs, r_in, WIDE, BLOCK_N)
                     if dr is not None or ds is not None:
                         if not HOLD:
                             w = load_tile(weights, n * BLOCK_N, inputs, 1, None, False, WIDE, False, BLOCK_N)
                         wg = w.to(tl.float32) * acc
                         if dr is not None:
                             part_of_dr = dr + (tl.cast(m, tl.int64) * members + at) * inputs
-                            q, along, column_valid = lines(part_of_dr, n, inputs, 1, 1, 0, False, WIDE, BLOCK_N)
-                            part = tl.sum(wg * by_row[:, None], 0)
-                            tl.store(q + along, narrow(part, dr.dtype.element_ty), mask=column_valid)
+                            store_line(part_of_dr, tl.sum(wg * by_row[:, None], 0), n, inputs, BLOCK_N)
                         if ds is not None:
                             part_of_ds = ds + (tl.cast(n, tl.int64) * members + at) * outputs
-                            q, down, row_valid = lines(part_of_ds, m, outputs, 1, 1, 0, False, WIDE, BLOCK_M)
-                            part = tl.sum(wg * by_column[None, :], 1)
-                            tl.store(q + down, narrow(part, ds.dtype.element_ty), mask=row_valid)
+                            store_line(part_of_ds, tl.sum(wg * by_column[None, :], 1), m, outputs, BLOCK_M)
                     if dw is not None:
                         total += acc * by_row[:, None] * by_column[None, :]
                     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -216,9 +211,7 @@ def rank1_linear_wgrad_kernel(
             for e in range(first, last):
                 operands = of_member(g, e, g_member), of_member(z, e, saved_member)
                 sums = row_sums(load_gradient, operands, ACTIVATION, rows, 1, False, WIDE, EVEN_K, BLOCK_M, BLOCK_K)
-                p = db + tl.cast(e, tl.int64) * outputs
-                p, offsets, valid = lines(p, m, outputs, 1, 1, 0, False, WIDE, BLOCK_M)
-                tl.store(p + offsets, narrow(sums, db.dtype.element_ty), mask=valid)
+                store_line(db + tl.cast(e, tl.int64) * outputs, sums, m, outputs, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["dw_count", "dr_count", "ds_count"])
@@ -354,7 +347,8 @@ def _plan_dgrad(g_shape, x_shape, strides, dx_strides, activation, dtype, how, c
         products, height, inputs, dtype, how, capability, layout, slope=activation is not None, scales=1 + fold,
         accumulators=1 + shared,
     )  # fmt: skip
-    _check_steps(members, outputs, tile)
+    if shared:
+        _check_steps(members, outputs, tile)
     return Plan.of(
         rank1_linear_dgrad_kernel,
         products * triton.cdiv(height, tile.BLOCK_M) * triton.cdiv(inputs, tile.BLOCK_N),
@@ -441,5 +435,5 @@ def _folds(members: int, rows: int, *strides: tuple[int, ...]) -> bool:
 
 
 def _check_steps(members: int, size: int, tile: Tile) -> None:
-    if members * triton.cdiv(size, tile.BLOCK_K) >= 1 << 31:
+    if members * triton.cdiv(size, tile.BLOCK_K) >= 1 << 30:
         raise ValueError(f"rank1_linear: a sum over {members} members of {size} terms each has too many steps")
