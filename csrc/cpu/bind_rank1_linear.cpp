@@ -90,9 +90,10 @@ void input_gradient(const Sizes& z, DType dtype, const Gradient& g, const Tensor
   run<1>({p});
 }
 
-// Members are taken in groups, each with a sum of its own, where one group has too few blocks to share among threads;
-// the same for any number of threads, and so are the results.
-constexpr int64_t worth_sharing = 8, most_groups = 4;
+// Threads share the members where those divide nearly evenly, each with a sum of its own, up to so many elements in
+// all; else they share the blocks of dW.  Either way sums are cut by the number of threads, and their last bits depend
+// on it.
+constexpr int64_t most_sums = 1 << 24;
 
 struct Results {
   Tensor weight, r, s, bias;
@@ -111,9 +112,12 @@ void parameter_gradients(const Sizes& z, const Gradient& g, const Tensor& x, con
   fold.w = Matrices(w).batched();
   fold.rows = summed(out), fold.columns = summed(in);
   p.fold = &fold;
-  const Plan plan = isa.plan(p, 1);
-  const int64_t groups =
-      std::max<int64_t>(1, std::min({most_groups, z.members / 2, (worth_sharing + plan.tasks() - 1) / plan.tasks()}));
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool evenly = z.members % threads == 0 || z.members >= 4 * threads;
+  const bool by_members = evenly && threads * z.outputs * z.inputs <= most_sums &&
+                          z.members * z.outputs * z.inputs * z.batch > worth_a_thread;
+  const int64_t groups = by_members ? threads : 1;
+  const Plan plan = isa.plan(p, by_members ? 1 : int(threads));
 
   // Of the type of sums: partial dW per group, and the dots per group, block and member.
   const bool wide = p.dtype == DType::f64;
@@ -155,13 +159,12 @@ void parameter_gradients(const Sizes& z, const Gradient& g, const Tensor& x, con
   });
 
   if (sum_size)
-    torch::stable::parallel_for(0, z.outputs, std::max<int64_t>(1, 1 << 16 / std::max<int64_t>(1, z.inputs)),
-                                [&](int64_t from, int64_t to) {
-                                  isa.add_up(p.dtype, memory + from * z.inputs * element, groups, group_size,
-                                             static_cast<char*>(results.weight.mutable_data_ptr()) +
-                                                 from * z.inputs * size,
-                                             (to - from) * z.inputs);
-                                });
+    torch::stable::parallel_for(
+        0, z.outputs, std::max<int64_t>(1, 1 << 16 / std::max<int64_t>(1, z.inputs)), [&](int64_t from, int64_t to) {
+          isa.add_up(p.dtype, memory + from * z.inputs * element, groups, group_size,
+                     static_cast<char*>(results.weight.mutable_data_ptr()) + from * z.inputs * size,
+                     (to - from) * z.inputs);
+        });
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = z.members * group / groups, count = products[size_t(group)].reduces;
     auto add = [&](const void* parts, int64_t blocks, int64_t width, const Tensor& to) {

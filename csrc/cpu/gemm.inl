@@ -13,11 +13,12 @@ template <class Tiles, class U, class T>
 struct Product {
   using C = Compute<T>;
   static constexpr int64_t w = lanes<C>;
-  static constexpr int64_t k_block = Tiles::k_block;             // units; a strip of it stays in L1
-  static constexpr int64_t packed_bytes = 1 << 20;               // of B, to stay in L2
-  static constexpr int64_t region_bytes = 1 << 20;               // of partial sums
-  static constexpr int64_t strips_bytes = 1 << 19;               // of A, where all strips are packed at once
-  static constexpr int64_t folded_bytes = 1 << 18;               // of B packed, beside as much of W and of the sum
+  static constexpr int64_t k_block = Tiles::k_block;  // units; a strip of it stays in L1
+  static constexpr int64_t packed_bytes = 1 << 20;    // of B, to stay in L2
+  static constexpr int64_t region_bytes = 1 << 20;    // of partial sums
+  static constexpr int64_t strips_bytes = 1 << 19;    // of A, where all strips are packed at once
+  // What is folded for all summands in turn, of W and of the sum: elements of a block, and its rows.
+  static constexpr int64_t folded = 1 << 17, folded_rows = 512;
   static constexpr int64_t strip_ld = k_block + 64 / sizeof(U);  // a power of two would alias in L1
   static constexpr bool same_type = sizeof(U) == sizeof(T);      // packed elements are the stored ones
 
@@ -41,15 +42,23 @@ struct Product {
     Plan plan;
     const int64_t panel = panel_vectors(p), panel_columns = panel * w, strip_rows = Tiles::rows(panel);
     const int64_t units = max<int64_t>(1, units_of(p.k));
-    const int64_t most = p.fold ? folded_bytes : packed_bytes;
-    const int64_t fit = max<int64_t>(2, most / int64_t(units * sizeof(U)) / panel_columns);
+    int64_t fit = packed_bytes / int64_t(units * sizeof(U)) / panel_columns;
+    if (p.fold) fit = min(fit / 2, folded / max<int64_t>(1, min(p.m, folded_rows)) / panel_columns);
+    fit = max<int64_t>(2, fit);
     plan.col_block = min(fit * panel_columns, max<int64_t>(1, ceil_div(p.n, panel_columns)) * panel_columns);
     plan.col_blocks = max<int64_t>(p.row_sums ? 1 : 0, ceil_div(p.n, plan.col_block));
+    if (plan.col_blocks > 1) {  // of nearly equal width
+      plan.col_block = ceil_div(ceil_div(p.n, plan.col_blocks), panel_columns) * panel_columns;
+      plan.col_blocks = ceil_div(p.n, plan.col_block);
+    }
     const int64_t outputs = max<int64_t>(1, p.batches * plan.col_blocks);
-    int64_t parts = p.fold ? (plan.col_blocks < 4 ? 2 : 1) : threads > 1 ? ceil_div(4 * threads, outputs) : 1;
+    int64_t parts = threads > 1 ? ceil_div((p.fold ? 2 : 4) * threads, outputs) : 1;
     parts = max<int64_t>(1, min(parts, p.m / (3 * strip_rows)));
-    if (by_columns(p)) parts = max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), strips_bytes));
+    if (by_columns(p))
+      parts =
+          max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), p.fold ? packed_bytes : strips_bytes));
     if (p.reduces > 1 && !p.fold) parts = max(parts, ceil_div(p.m * plan.col_block * int64_t(sizeof(C)), region_bytes));
+    if (p.fold) parts = max(parts, ceil_div(p.m, folded_rows));
     plan.row_block = ceil_div(max<int64_t>(1, ceil_div(p.m, strip_rows)), parts) * strip_rows;
     plan.row_blocks = ceil_div(p.m, plan.row_block);
     return plan;
@@ -211,6 +220,7 @@ struct Product {
       } else {
         if (final && p.c.col == 1 && !p.fold)
           for (int64_t l = 0; l < rows; ++l) __builtin_prefetch(output(p.c, i + l, j), 1);
+        if (final && p.fold) prefetch_fold(i, j, rows, vectors);
         Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, to, ld, {columns % w});
         if (final && p.fold)
           fold(r, to, ld, i, j, rows, columns);
@@ -232,6 +242,17 @@ struct Product {
     t.sum = f.sum ? static_cast<C*>(f.sum) + i * p.n + j : nullptr, t.ld_sum = p.n, t.first = r == 0;
     t.row_dots = row_dots, t.column_dots = column_dots(r, m0 / cut.row_block) + j;
     fold_tile<T>(t, from, ld, rows, columns);
+  }
+
+  // While the product is computed: rows of W and of the sum are too short for the hardware to notice.
+  void prefetch_fold(int64_t i, int64_t j, int64_t rows, int64_t vectors) const {
+    const T* weight = static_cast<const T*>(p.fold->w.data) + i * p.fold->w.row + j;
+    const C* sum = static_cast<const C*>(p.fold->sum) + i * p.n + j;
+    for (int64_t l = 0; l < rows; ++l)
+      for (int64_t v = 0; v < vectors; ++v) {
+        __builtin_prefetch(weight + l * p.fold->w.row + v * w);
+        if (p.fold->sum) __builtin_prefetch(sum + l * p.n + v * w, 1);
+      }
   }
 
   C* column_dots(int64_t r, int64_t part) const {
