@@ -33,6 +33,9 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
     "rank1_linear": {"cpu": _ALL_DTYPES},
+    "rank1_conv1d": {},  # see `folds_scales`
+    "rank1_conv2d": {},
+    "rank1_conv_transpose2d": {},
 }
 
 # On GPUs that have no table of measurements (`_tables`), torch's own batched products are taken where none of B, I and
@@ -171,6 +174,15 @@ def select(problem: Problem, requested: str | None = None) -> str:
     if reason is not None:
         raise ValueError(f"{problem.op}: backend {requested!r} cannot run this call: {reason}")
     return requested
+
+
+def folds_scales(problem: Problem, requested: str | None = None) -> bool:
+    """Whether a BatchEnsemble convolution runs folded; else its reference runs.  It has no kernels of its own.
+
+    Folded into one weight per member, the scales cost work on weights and one copy of the results, forward and
+    backward; as factors of images they cost two passes over the images forward and four backward, and what is kept.
+    """
+    return select(problem, requested) == "reference" and (_env.BACKEND if requested is None else requested) is None
 
 
 def _measured(problem: Problem) -> str | None:
