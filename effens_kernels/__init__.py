@@ -3,6 +3,14 @@
 from . import nn
 from ._config import show_config
 from ._version import __version__
-from .ops import ensemble_mlp, grouped_linear, multihead_linear
+from .ops import ensemble_mlp, grouped_linear, multihead_linear, rank1_linear
 
-__all__ = ["__version__", "ensemble_mlp", "grouped_linear", "multihead_linear", "nn", "show_config"]
+__all__ = [
+    "__version__",
+    "ensemble_mlp",
+    "grouped_linear",
+    "multihead_linear",
+    "nn",
+    "rank1_linear",
+    "show_config",
+]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from .ops import grouped_linear, multihead_linear
+from .ops import grouped_linear, multihead_linear, rank1_linear
 from .ops._activations import ACTIVATIONS
 from .ops.grouped_linear import reference as _grouped
 from .ops.multihead_linear import reference as _multihead
+from .ops.rank1_linear import reference as _rank1
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 KERNEL_BACKENDS = tuple(b for b in _dispatch.BACKENDS if b != "reference")
@@ -120,6 +121,45 @@ class LinearCase:
         return {} if self.heads is not None else {"activation": self.activation}
 
 
+@dataclass(frozen=True)
+class Rank1Case(LinearCase):
+    """One sample call of rank1_linear, readable as a test id such as `E5-B17-I3-O64-shared-relu-onebias`."""
+
+    shared_bias: bool = False
+    scale_layout: str = "contiguous"  # of r and s
+
+    def __str__(self) -> str:
+        parts = [super().__str__()] + ["onebias"] * self.shared_bias
+        return "-".join(parts + [f"rs_{self.scale_layout}"] * (self.scale_layout != "contiguous"))
+
+    def inputs_for(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Fresh random (x, weight, r, s, bias), scaled so that outputs are of order 1."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        rows = (self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs)
+        x = strided(rows, self.x_layout, generator, dtype, device)
+        weight = strided((self.outputs, self.inputs), self.weight_layout, generator, dtype, device)
+        weight.mul_(max(1, self.inputs) ** -0.5)
+        r = strided((self.members, self.inputs), self.scale_layout, generator, dtype, device)
+        s = strided((self.members, self.outputs), self.scale_layout, generator, dtype, device)
+        units = (self.outputs,) if self.shared_bias else (self.members, self.outputs)
+        bias = strided(units, "contiguous", generator, dtype, device) if self.bias else None
+        return x, weight, r, s, bias
+
+    def terms(self) -> dict[str, int]:
+        rows = self.members * self.batch
+        return {
+            "y": self.inputs,
+            "x": self.outputs * (self.members if self.shared else 1),
+            "weight": rows,
+            "r": self.batch * self.outputs,
+            "s": self.batch * self.inputs,
+            "bias": rows if self.shared_bias else self.batch,
+        }
+
+
 def _linear_cases() -> Iterator[LinearCase]:
     for batch, inputs, outputs in [
         (1, 1, 1),
@@ -166,6 +206,34 @@ def _head_cases() -> Iterator[LinearCase]:
     yield LinearCase(2, 0, 5, 3, heads=2)
 
 
+def _rank1_cases() -> Iterator[Rank1Case]:
+    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
+        yield Rank1Case(3, batch, inputs, outputs)
+    for activation in ACTIVATIONS:
+        yield Rank1Case(2, 19, 23, 29, activation=activation)
+        yield Rank1Case(3, 11, 16, 33, shared=True, activation=activation, shared_bias=True)
+    yield Rank1Case(1, 13, 17, 19)
+    yield Rank1Case(1, 13, 17, 19, shared=True, bias=False)
+    yield Rank1Case(5, 8, 12, 7, bias=False)
+    yield Rank1Case(37, 3, 5, 2, shared=True, shared_bias=True)
+    for layout in ("transposed", "inner", "stepped", "offset"):
+        yield Rank1Case(4, 9, 21, 18, activation="relu", x_layout=layout, scale_layout=layout)
+        yield Rank1Case(4, 9, 21, 18, shared=True, activation="gelu", x_layout=layout)
+        yield Rank1Case(4, 9, 21, 18, activation="tanh", weight_layout=layout, shared_bias=True)
+    for members, batch, inputs, outputs in [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)]:
+        for shared in (False, True):
+            yield Rank1Case(members, batch, inputs, outputs, shared=shared, activation="relu")
+            yield Rank1Case(members, batch, inputs, outputs, shared=shared, activation="gelu", shared_bias=True)
+
+
+def _large_rank1_cases() -> Iterator[Rank1Case]:
+    """Beyond one cache block of every kernel in rows, inputs and outputs; too long for the Triton interpreter."""
+    yield Rank1Case(2, 300, 700, 150, activation="relu")
+    yield Rank1Case(2, 130, 90, 1100, shared=True, activation="gelu")
+    yield Rank1Case(9, 430, 65, 70, shared=True, shared_bias=True)
+    yield Rank1Case(1, 260, 1030, 515, x_layout="inner", weight_layout="inner")
+
+
 @dataclass(frozen=True)
 class Op:
     """Everything that the generic tests and benchmarks need to know of an op."""
@@ -175,6 +243,7 @@ class Op:
     reference: Callable[..., Tensor]
     cases: tuple[LinearCase, ...]
     large_cases: tuple[LinearCase, ...] = field(default=())
+    arguments: tuple[str, ...] = ("x", "weight", "bias")
 
 
 OPS: dict[str, Op] = {
@@ -188,6 +257,14 @@ OPS: dict[str, Op] = {
             tuple(_large_linear_cases()),
         ),
         Op("multihead_linear", multihead_linear, _multihead.multihead_linear, tuple(_head_cases())),
+        Op(
+            "rank1_linear",
+            rank1_linear,
+            _rank1.rank1_linear,
+            tuple(_rank1_cases()),
+            tuple(_large_rank1_cases()),
+            ("x", "weight", "r", "s", "bias"),
+        ),
     )
 }
 

@@ -101,7 +101,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 # -------------------------------------------------------------------------------------------------- gradients
 
 Named = dict[str, Tensor]
-NAMES = ("x", "weight", "bias")
+ARGUMENTS = {len(op.arguments): op.arguments for op in OPS.values()}  # names, by how many tensors a call takes
 
 
 def leaves(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -113,14 +113,14 @@ def derivatives(call: Callable[..., Tensor], inputs: Sequence[Tensor | None], gr
     """{"y": ..., "x": dL/dx, "weight": ..., "bias": ...} for dL/dy = grad; no bias where the input has none."""
     inputs = leaves(inputs)
     y = call(*inputs, **options)
-    named = {name: t for name, t in zip(NAMES, inputs) if t is not None}
+    named = {name: t for name, t in zip(ARGUMENTS[len(inputs)], inputs) if t is not None}
     return {"y": y.detach(), **dict(zip(named, torch.autograd.grad(y, list(named.values()), grad)))}
 
 
 class Sample(NamedTuple):
     """One sample call with its oracle."""
 
-    inputs: tuple[Tensor, Tensor, Tensor | None]
+    inputs: tuple[Tensor | None, ...]
     grad: Tensor
     exact: Named  # float64, on the same (rounded) values
     composition: Named  # PyTorch's own operations in the dtype of the inputs

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from common import NAMES, derivatives, leaves
+from common import ARGUMENTS, derivatives, leaves
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -15,6 +15,7 @@ from effens_kernels.ops._activations import ACTIVATIONS
 from effens_kernels.ops.grouped_linear import reference
 from effens_kernels.testing import LinearCase
 
+NAMES = ARGUMENTS[3]
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
 rows = pytest.mark.parametrize("shared", [False, True], ids=["per_member", "shared"])
 biases = pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])

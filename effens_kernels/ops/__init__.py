@@ -3,5 +3,6 @@
 from .ensemble_mlp import ensemble_mlp
 from .grouped_linear import grouped_linear
 from .multihead_linear import multihead_linear
+from .rank1_linear import rank1_linear
 
-__all__ = ["ensemble_mlp", "grouped_linear", "multihead_linear"]
+__all__ = ["ensemble_mlp", "grouped_linear", "multihead_linear", "rank1_linear"]

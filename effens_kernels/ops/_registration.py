@@ -91,7 +91,9 @@ def takes_cpu_engine(op: str, requested: str | None, x: Tensor, *others: Tensor 
     )
 
 
-def needs_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    )
+def needs_grad(*tensors: Tensor | None) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False

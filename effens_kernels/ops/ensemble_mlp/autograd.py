@@ -15,7 +15,7 @@ from torch._C import _functorch
 
 from .._activations import ACTIVATIONS
 from .._registration import is_plain_eager
-from ..grouped_linear import autograd as grouped
+from ..grouped_linear.autograd import FORM
 from . import native
 from .reference import layers
 
@@ -51,7 +51,7 @@ def chain(
     backend: str,
 ) -> Tensor:
     def linear(x, weight, bias, activation):
-        return grouped.apply(x, weight, bias, activation, backend)
+        return FORM.apply(backend, activation, x, weight, bias)
 
     return layers(linear, x, weights, biases, activation, out_activation)
 

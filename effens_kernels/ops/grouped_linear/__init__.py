@@ -7,7 +7,8 @@ from torch import Tensor
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
 from .._registration import takes_cpu_engine
-from . import autograd, batching, reference  # noqa: F401  (batching registers the vmap rules)
+from . import batching, reference  # noqa: F401  (batching registers the vmap rules)
+from .autograd import FORM
 
 __all__ = ["grouped_linear"]
 
@@ -55,7 +56,7 @@ def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     x, weight, bias = autocast(x, weight, bias)
     if takes_cpu_engine("grouped_linear", backend, x, weight, bias):
         try:
-            return autograd.apply_plain(x, weight, bias, activation, "cpu")
+            return FORM.apply_plain("cpu", activation, x, weight, bias)
         except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
             check(op, x, weight, bias, activation)
             raise
@@ -65,7 +66,7 @@ def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     chosen = _dispatch.select(problem, backend)
     if chosen == "reference":
         return reference.grouped_linear(x, weight, bias, activation)
-    return autograd.apply(x, weight, bias, activation, chosen)
+    return FORM.apply(chosen, activation, x, weight, bias)
 
 
 def check(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

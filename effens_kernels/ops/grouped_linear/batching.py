@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .._registration import LIBRARY
-from .autograd import bwd_op, fwd_op
+from .autograd import FORM
+
+fwd_op, bwd_op = FORM.fwd_op, FORM.bwd_op
 
 
 def _front(t: Tensor | None, dim: int | None) -> Tensor | None:

@@ -1,0 +1,198 @@
+"""One linear op of the package: its schemas, shape rules and derivatives, over the fwd and bwd of any kernel backend.
+
+    z = F(factors) + bias,    y = a(z)        F linear in each of its factors: (x, weight), (x, weight, r, s), ...
+
+Each backend's module has
+
+    fwd(*factors, bias, activation, save_preactivation) -> (y, z)
+    bwd(grad, *factors, saved, activation, *need) -> the gradients of the factors and of the bias, in this order
+
+where bias is [E, O] or None, `saved` is what a' is a function of (see `_activations`): y, z, or an empty tensor, and an
+empty tensor stands in place of what is not needed.  As F is linear in each factor, second derivatives are again fwd
+and bwd, with one factor replaced at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ._activations import ACTIVATIONS, saves_preactivation
+from ._registration import is_plain_eager, needs_grad, register, register_derivative
+
+_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton"}  # of an op's folder, by backend
+
+
+class LinearForm:
+    """`factors` are the names of F's arguments, the first of them x; `result` gives the shape of y from them."""
+
+    def __init__(self, name: str, factors: tuple[str, ...], result: Callable[..., tuple[int, int, int]]) -> None:
+        self.name, self.factors, self.result = name, factors, result
+        self._kernels: dict[str, ModuleType] = {}
+        tensors = ", ".join(f"Tensor {factor}" for factor in factors)
+        needs = ", ".join(f"bool need_{factor}" for factor in (*factors, "bias"))
+        grads = ", ".join(f"Tensor grad_{factor}" for factor in (*factors, "bias"))
+        self.fwd_op = register(
+            f"{name}_fwd({tensors}, Tensor? bias, str? activation, bool save_preactivation, str backend) -> "
+            "(Tensor y, Tensor z)",
+            lambda *arguments: self.kernels(arguments[-1]).fwd(*arguments[:-1]),
+            self._fake_fwd,
+        )
+        self.bwd_op = register(
+            f"{name}_bwd(Tensor grad, {tensors}, Tensor saved, str? activation, {needs}, str backend) -> ({grads})",
+            lambda *arguments: self.kernels(arguments[-1]).bwd(*arguments[:-1]),
+            self._fake_bwd,
+        )
+        register_derivative(self.fwd_op, self._fwd_setup, self._fwd_derivative)
+        register_derivative(self.bwd_op, self._bwd_setup, self._bwd_derivative)
+        self.function = _eager_function(self)
+
+    def kernels(self, backend: str) -> ModuleType:
+        """The module whose fwd and bwd run on `backend`, imported at first use, since Triton takes long to import."""
+        module = self._kernels.get(backend)
+        if module is None:
+            module = importlib.import_module(f".{self.name}.{_MODULES[backend]}", __package__)
+            self._kernels[backend] = module
+        return module
+
+    def apply(self, backend: str, activation: str | None, *tensors: Tensor | None) -> Tensor:
+        """y of the factors and the bias, which have been checked."""
+        if is_plain_eager(*tensors):
+            return self.apply_plain(backend, activation, *tensors)
+        save = saves_preactivation(activation) and needs_grad(*tensors)
+        return self.fwd_op(*tensors, activation, save, backend)[0]
+
+    def apply_plain(self, backend: str, activation: str | None, *tensors: Tensor | None) -> Tensor:
+        """On plain tensors (see `is_plain_eager`)."""
+        if needs_grad(*tensors):
+            outputs = self.function.apply(backend, activation, *tensors)
+            return outputs[0] if saves_preactivation(activation) else outputs
+        return self.kernels(backend).fwd(*tensors, activation, False)[0]
+
+    # ---------------------------------------------------------------------------------------------- shape rules
+
+    def _fake_fwd(self, *arguments):
+        *factors, _, _, save_preactivation, _ = arguments
+        shape = self.result(*factors)
+        return factors[0].new_empty(shape), factors[0].new_empty(shape if save_preactivation else 0)
+
+    def _fake_bwd(self, grad, *arguments):
+        count = len(self.factors)
+        factors, need = arguments[:count], arguments[count + 2 : -1]
+        x = factors[0]
+        members, _, outputs = self.result(*factors)
+        grads = torch.empty_like(x), *(f.new_empty(f.shape) for f in factors[1:]), x.new_empty((members, outputs))
+        return tuple(g if n else _empty(x) for g, n in zip(grads, need))
+
+    # ---------------------------------------------------------------------------------------------- derivatives
+
+    def derivative(self, ctx, grad_y, grad_z, factors, saved, need):
+        """Gradients of the factors and the bias; ctx has `activation` and `backend`.
+
+        grad_z arrives only in second derivatives, where bwd_op was a function of z.
+        """
+        grads = (None,) * len(need)
+        for grad, activation, extra in ((grad_y, ctx.activation, saved), (grad_z, None, ())):
+            if grad is None:
+                continue
+            arguments = (grad, *factors, *(extra or (_empty(factors[0]),)), activation, *need)
+            if torch.is_grad_enabled() or not is_plain_eager(grad, *factors):  # the op that records its own derivative
+                more = self.bwd_op(*arguments, ctx.backend)
+            else:
+                more = self.kernels(ctx.backend).bwd(*arguments)
+            grads = tuple((m if g is None else g + m) if n else None for g, m, n in zip(grads, more, need))
+        return grads
+
+    def _fwd_setup(self, ctx, inputs, output):
+        *factors, bias, ctx.activation, save_preactivation, ctx.backend = inputs
+        ctx.recompute = saves_preactivation(ctx.activation) and not save_preactivation
+        ctx.save_for_backward(*factors, *((bias,) if ctx.recompute else _saved(ctx.activation, *output)))
+        ctx.set_materialize_grads(False)
+
+    def _fwd_derivative(self, ctx, grad_y, grad_z):
+        count = len(self.factors)
+        factors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if ctx.recompute:
+            saved = [self.fwd_op(*factors, *saved, None, False, ctx.backend)[0]]
+        if grad_z is not None and grad_z.numel() == 0:
+            grad_z = None
+        need = ctx.needs_input_grad[: count + 1]
+        return *self.derivative(ctx, grad_y, grad_z, factors, saved, need), None, None, None
+
+    def _bwd_setup(self, ctx, inputs, output):
+        count = len(self.factors)
+        ctx.save_for_backward(*inputs[: count + 2])
+        ctx.activation, *ctx.need, ctx.backend = inputs[count + 2 :]
+        ctx.set_materialize_grads(False)
+
+    def _bwd_derivative(self, ctx, *directions):
+        """Of L2 = sum of directions . gradients, which is g . v with v = dF(directions) + direction of the bias."""
+        count = len(self.factors)
+        grad, *factors, saved = ctx.saved_tensors
+        *directions, dbias = (d if n else None for d, n in zip(directions, ctx.need))
+        need_factors = ctx.needs_input_grad[1 : count + 1]
+        activation = ACTIVATIONS[ctx.activation]
+        slope = activation.slope(saved) if saved.numel() else None
+        g = grad if slope is None else grad * slope
+
+        terms, grads = [], [None] * count
+        for i, direction in enumerate(directions):
+            if direction is None:
+                continue
+            moved = (*factors[:i], direction, *factors[i + 1 :])
+            terms.append(self.fwd_op(*moved, None if terms else dbias, None, False, ctx.backend)[0])
+            need = [n and j != i for j, n in enumerate(need_factors)]
+            if any(need):
+                more = self.bwd_op(g, *moved, _empty(grad), None, *need, False, ctx.backend)
+                grads = [(m if h is None else h + m) if n else h for h, m, n in zip(grads, more, need)]
+        if not terms and dbias is not None:
+            terms.append(dbias[:, None, :].expand_as(grad))
+        if not terms:
+            return (None,) * (2 * count + 5)
+        v = sum(terms[1:], terms[0])
+        grad_saved = None if slope is None else v * grad * activation.curvature(saved)
+        return v if slope is None else v * slope, *grads, grad_saved, *((None,) * (count + 3))
+
+
+def _eager_function(form: LinearForm) -> type[torch.autograd.Function]:
+    """The eager route: ctx style, which costs a quarter of a registered rule per call.
+
+    Where the derivative needs z, z is a second output, so that second derivatives see what it depends on.
+    """
+    count = len(form.factors)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, backend, activation, *tensors):
+            save_preactivation = saves_preactivation(activation)
+            y, z = form.kernels(backend).fwd(*tensors, activation, save_preactivation)
+            ctx.save_for_backward(*tensors[:count], *_saved(activation, y, z))
+            ctx.set_materialize_grads(False)
+            ctx.activation, ctx.backend = activation, backend
+            return (y, z) if save_preactivation else y
+
+        @staticmethod
+        def backward(ctx, grad_y, grad_z=None):
+            tensors = ctx.saved_tensors
+            need = ctx.needs_input_grad[2:]
+            if grad_z is None and grad_y is not None and not torch.is_grad_enabled() and is_plain_eager(grad_y):
+                saved = () if len(tensors) > count else tensors[:1]  # where nothing is saved, `saved` is not read
+                grads = form.kernels(ctx.backend).bwd(grad_y, *tensors, *saved, ctx.activation, *need)
+                return None, None, *[g if n else None for g, n in zip(grads, need)]
+            return None, None, *form.derivative(ctx, grad_y, grad_z, tensors[:count], tensors[count:], need)
+
+    Function.__name__ = Function.__qualname__ = "".join(part.title() for part in form.name.split("_"))
+    return Function
+
+
+def _saved(activation: str | None, y: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    saves = ACTIVATIONS[activation].saves
+    return () if saves == "nothing" else (y,) if saves == "output" else (z,)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
