@@ -32,7 +32,7 @@ _ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
-    "rank1_linear": {},
+    "rank1_linear": {"cuda": _GPU_DTYPES},
 }
 
 # On GPUs that have no table of measurements (`_tables`), torch's own batched products are taken where none of B, I and

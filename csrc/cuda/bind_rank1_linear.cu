@@ -117,7 +117,7 @@ void weight_gradients(const Sizes& n, const Tensor& grad, const Tensor& x, const
     p.b = operand<T>(x, "x", false, false, true);
     p.w = operand<T>(weight, "weight", false, false);
     p.r = scale<T>(r, "r"), p.s = scale<T>(s, "s");
-    p.members = n.members, p.member_parts = cut.member_parts, p.row_parts = cut.row_parts, p.rows = cut.rows;
+    p.members = n.members, p.row_parts = cut.row_parts, p.group = cut.members, p.rows = cut.rows;
     if (direct) {
       p.c.y = output<T>(*dw, "grad_weight");
       p.c.row = n.inputs;

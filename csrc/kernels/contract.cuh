@@ -28,11 +28,11 @@ struct Product {
   Activation slope = Activation::none;
 };
 
-// How many large blocks the shared memory of a multiprocessor has room for.
+// How many large blocks the shared memory of a multiprocessor has room for, and how much of it one block can have.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int large_blocks = 1;
+constexpr int large_blocks = 1, most_shared = 163 << 10;
 #else
-constexpr int large_blocks = 2;
+constexpr int large_blocks = 2, most_shared = 227 << 10;
 #endif
 
 // Everything that is fixed when compiling: the tile, who computes it and how.
@@ -104,15 +104,15 @@ __device__ __forceinline__ void add_up(typename Block::Core& core, const Product
   auto b_tile = [](int stage) { return dynamic_shared<T>(stage * Block::stage_bytes + Block::b_at, TileB::size); };
 
   const int steps = terms.summands * ((terms.k_end - terms.k_begin + K - 1) / K);
-  int fetched = 0, summand = 0, k = terms.k_begin;
+  Global<const T> a = terms.a, saved = terms.saved, b = terms.b;
+  int fetched = 0, k = terms.k_begin;
   auto fetch = [&](int stage) {
     if (fetched < steps) {
-      TileA::fetch(a_tile(stage), p.a, terms.a + summand * p.a.reduce, m, p.m, k, terms.k_end);
-      if (through)
-        TileA::fetch(saved_tile(stage), p.saved, terms.saved + summand * p.saved.reduce, m, p.m, k, terms.k_end);
-      TileB::fetch(b_tile(stage), p.b, terms.b + summand * p.b.reduce, n, p.n, k, terms.k_end);
+      TileA::fetch(a_tile(stage), p.a, a, m, p.m, k, terms.k_end);
+      if (through) TileA::fetch(saved_tile(stage), p.saved, saved, m, p.m, k, terms.k_end);
+      TileB::fetch(b_tile(stage), p.b, b, n, p.n, k, terms.k_end);
       ++fetched, k += K;
-      if (k >= terms.k_end) k = terms.k_begin, ++summand;
+      if (k >= terms.k_end) k = terms.k_begin, a += p.a.reduce, saved += p.saved.reduce, b += p.b.reduce;
     }
     cp_async_commit();  // an empty group at the end, so that waiting counts the same
   };

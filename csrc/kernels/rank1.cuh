@@ -19,22 +19,16 @@ struct Rank1Product : Product<T> {
 };
 
 // Multiplies the tiles of A, one after the other, by a vector along k: for each thread the part that belongs to its
-// columns, loaded while the core is at work on the tile before.
-template <class Block>
+// columns, loaded while the core is at work on the tile before.  Each summand has a vector of its own.
+template <class Block, bool summands>
 class Scaling {
   using T = typename Block::T;
   using TileA = typename Block::TileA;
   static constexpr int width = TileA::per_chunk;
-  static_assert(TileA::row >= Block::K, "A lies along k");
 
  public:
-  __device__ __forceinline__ Scaling(const Scale<T>& scale, int member, const Terms<T>& terms)
-      : from_(scale.data + member * scale.batch),
-        batch_(scale.batch),
-        vectors_(scale.vectors),
-        k_(0),
-        k_end_(terms.k_end),
-        left_(terms.summands) {
+  __device__ __forceinline__ Scaling(const Scale<T>& scale, int member, const Product<T>& p)
+      : scale_(scale), p_(p), from_(scale.data + member * scale.batch) {
     load_next();
   }
 
@@ -42,27 +36,27 @@ class Scaling {
 
   __device__ __forceinline__ void advance() {
     k_ += Block::K;
-    if (k_ >= k_end_) k_ = 0, from_ += batch_, --left_;
+    if (summands && k_ >= p_.k) k_ = 0, from_ += scale_.batch, ++summand_;
     load_next();
   }
 
  private:
   __device__ __forceinline__ void load_next() {
     const int at = k_ + TileA::own_column();
-    if (left_ <= 0 || at >= k_end_) return;  // A has zeros there, or nothing comes
-    if (vectors_) {
+    if (at >= p_.k || (summands && summand_ >= p_.summands)) return;  // A has zeros there, or there is no more
+    if (scale_.vectors) {
       by_ = load<width>(from_ + at);
       return;
     }
 #pragma unroll
     for (int i = 0; i < width; ++i)
-      if (at + i < k_end_) by_[i] = from_[at + i];
+      if (at + i < p_.k) by_[i] = from_[at + i];
   }
 
+  const Scale<T>& scale_;
+  const Product<T>& p_;
   Global<const T> from_;
-  int64_t batch_;
-  bool vectors_;
-  int k_, k_end_, left_;
+  int k_ = 0, summand_ = 0;
   Vector<T, width> by_{};
 };
 
@@ -74,9 +68,9 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
   const int m = place.m * Block::M, n = place.n * Block::N;
   const Terms<T> terms{p.a.data + place.member * p.a.batch, {}, p.b.data + place.member * p.b.batch, 1, 0, p.k};
   typename Block::Core core;
-  Scaling<Block> scaling(p.along_k, place.member, terms);
+  Scaling<Block, false> scaling(p.along_k, place.member, p);
   auto prepare = [&](Shared<T> a_tile, Shared<T>) {
-    Block::TileA::transform(a_tile, scaling);
+    Block::TileA::transform(a_tile, [&](auto& values) { scaling(values); });
     scaling.advance();
   };
   add_up<Block>(core, p, terms, m, n, false, prepare, [](Shared<T>) {});
@@ -111,11 +105,11 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
                        0,
                        p.k};
   Core core, total;
-  Scaling<Block> scaling(p.along_k, place.member, terms);
+  Scaling<Block, true> scaling(p.along_k, place.member, p);
   auto prepare = [&](Shared<T> a_tile, Shared<T> saved_tile) {
     const Activation slope = p.slope;
     if (slope == Activation::none)
-      TileA::transform(a_tile, scaling);
+      TileA::transform(a_tile, [&](auto& values) { scaling(values); });
     else
       TileA::transform(a_tile, saved_tile, [&](auto& grad, const auto& by) {
         through_activation(slope, grad, by);
@@ -151,9 +145,10 @@ template <class T>
 struct Rank1Wgrad : Product<T> {
   Operand<T> w;
   Scale<T> r, s;
-  int members = 0, member_parts = 1, row_parts = 1, rows = 0;  // rows: of a part
+  int members = 0, row_parts = 1;
+  int group = 0, rows = 0;  // members and rows of a part; one member, where its rows are in parts
   // Sums of blocks, float32; null where nobody wants them.  Of a part of members and rows, and of a tile.
-  Global<float> dw_parts{};  // [member_parts * row_parts, m, n]; where that is one, dW itself is stored
+  Global<float> dw_parts{};  // [parts of members, row_parts, m, n]; where that is one, dW itself is stored
   Global<float> dr_parts{};  // [members, row_parts, tiles down, n]
   Global<float> ds_parts{};  // [members, row_parts, tiles across, m]
   Global<float> db_parts{};  // [members, row_parts, m]
@@ -171,13 +166,13 @@ struct Rank1WgradBlock : Block {
   static constexpr int shared_without_saved = saved_at > Block::c_bytes ? saved_at : Block::c_bytes;
   static constexpr int shared_with_saved = saved_at + Block::saved_bytes;
   static constexpr int shared_bytes = shared_with_saved;
+  // Sums of one member and of all take twice the registers.
+  static constexpr int blocks_per_sm = Block::large ? 1 : Block::small ? 6 : 2;
   static_assert(shared_with_saved >= Block::c_bytes && Block::threads == Block::M + Block::N);
 };
 
-template <class Plain>
-__global__ void __launch_bounds__(Plain::threads, Plain::blocks_per_sm)
-    rank1_wgrad_kernel(const Rank1Wgrad<typename Plain::T> p) {
-  using Block = Rank1WgradBlock<Plain>;
+template <class Block>
+__device__ __forceinline__ void rank1_wgrad(const Rank1Wgrad<typename Block::T>& p) {
   using T = typename Block::T;
   using Core = typename Block::Core;
   using TileA = typename Block::TileA;
@@ -185,15 +180,14 @@ __global__ void __launch_bounds__(Plain::threads, Plain::blocks_per_sm)
   constexpr int M = Block::M, N = Block::N;
   const int tiles_down = (p.m + M - 1) / M, tiles_across = max((p.n + N - 1) / N, 1);
   const Place place(tiles_down, tiles_across);
-  const int m = place.m * M, n = place.n * N, m_left = p.m - m, n_left = p.n - n, thread = int(threadIdx.x);
-  const int part = place.member % p.row_parts, member_part = place.member / p.row_parts;
-  const int first = int(int64_t(member_part) * p.members / p.member_parts);
-  const int end = int(int64_t(member_part + 1) * p.members / p.member_parts);
-  const int row = part * p.rows;
+  const int m = place.m * M, n = place.n * N, thread = int(threadIdx.x);
+  const int member_part = place.member / p.row_parts;
+  const int row = place.member % p.row_parts * p.rows;
+  const int first = member_part * p.group;
   const Terms<T> terms{p.a.data + first * p.a.reduce,
                        p.saved.data + first * p.saved.reduce,
                        p.b.data + first * p.b.reduce,
-                       end - first,
+                       min(p.group, p.members - first),
                        row,
                        p.k - row > p.rows ? row + p.rows : p.k};
 
@@ -203,24 +197,15 @@ __global__ void __launch_bounds__(Plain::threads, Plain::blocks_per_sm)
   TileW::fetch(w_tile, p.w, p.w.data, n, p.n, m, p.m);  // waited for with the first tiles of A and B
 
   Core core, total;
-  float bias_sum = 0.0f;
   const bool bias_here = p.db_parts != nullptr && place.n == 0 && thread < M;
+  float bias_sum = 0.0f;
   const int steps = (terms.k_end - terms.k_begin + Block::K - 1) / Block::K;
   int left = steps, member = first;
   // The core has G of one member: adds it to dW, and what it comes to with W along rows and columns.
   auto end_member = [&] {
-    // What lies beyond the edge is zero times something, which need not be zero.
-    if (m_left < M || n_left < N) {
-#pragma unroll
-      for (int i = 0; i < Core::rows; ++i) {
-#pragma unroll
-        for (int j = 0; j < Core::columns; ++j)
-          if (Core::row(i) >= m_left || Core::column(j) >= n_left) core.at(i, j) = 0.0f;
-      }
-    }
     float r[Core::columns], s[Core::rows], along_row[Core::rows] = {}, along_column[Core::columns] = {};
-    read_columns<Core>(r, p.r.data + (member * p.r.batch + n), n_left);
-    read_rows<Core>(s, p.s.data + (member * p.s.batch + m), m_left);
+    read_columns<Core>(r, p.r.data + (member * p.r.batch + n), p.n - n);
+    read_rows<Core>(s, p.s.data + (member * p.s.batch + m), p.m - m);
 #pragma unroll
     for (int i = 0; i < Core::rows; ++i) {
 #pragma unroll
@@ -229,10 +214,12 @@ __global__ void __launch_bounds__(Plain::threads, Plain::blocks_per_sm)
 #pragma unroll
         for (int q = 0; q < Core::together; ++q) {
           float& g = core.at(i, j + q);
-          const float gr = g * r[j + q], weight = to_float(w[q]);
+          // Beyond the edge, g is zero times something, which need not be zero.
+          const float gr = Core::column(j + q) < p.n - n ? g * r[j + q] : 0.0f;
+          const float gs = Core::row(i) < p.m - m ? g * s[i] : 0.0f, weight = to_float(w[q]);
           total.at(i, j + q) = fmaf(gr, s[i], total.at(i, j + q));
           along_row[i] = fmaf(gr, weight, along_row[i]);
-          along_column[j + q] = fmaf(g * s[i], weight, along_column[j + q]);
+          along_column[j + q] = fmaf(gs, weight, along_column[j + q]);
           g = 0.0f;
         }
       }
@@ -252,20 +239,21 @@ __global__ void __launch_bounds__(Plain::threads, Plain::blocks_per_sm)
       if (lane / across == 0) column_sums[Core::column(j) * Core::warps_down + Core::warp_down()] = along_column[j];
     }
     __syncthreads();  // a step's barrier lies between what is read here and the next that is written
-    const int64_t block = int64_t(member) * p.row_parts + part;
+    const int64_t block = p.row_parts > 1 ? place.member : member;  // [members, row_parts]
     float sum = 0.0f;
     if (thread < M) {
 #pragma unroll
       for (int i = 0; i < Core::warps_across; ++i) sum += row_sums[thread * Core::warps_across + i];
-      if (p.ds_parts != nullptr && thread < m_left)
+      if (p.ds_parts != nullptr && m + thread < p.m)
         p.ds_parts[(block * tiles_across + place.n) * p.m + m + thread] = sum;
-      if (bias_here && thread < m_left) p.db_parts[block * p.m + m + thread] = bias_sum;
+      if (bias_here && m + thread < p.m) p.db_parts[block * p.m + m + thread] = bias_sum;
       bias_sum = 0.0f;
     } else {
       const int column = thread - M;
 #pragma unroll
       for (int i = 0; i < Core::warps_down; ++i) sum += column_sums[column * Core::warps_down + i];
-      if (p.dr_parts != nullptr && column < n_left) p.dr_parts[(block * tiles_down + place.m) * p.n + n + column] = sum;
+      if (p.dr_parts != nullptr && n + column < p.n)
+        p.dr_parts[(block * tiles_down + place.m) * p.n + n + column] = sum;
     }
     left = steps, ++member;
   };
@@ -287,11 +275,18 @@ __global__ void __launch_bounds__(Plain::threads, Plain::blocks_per_sm)
     for (int i = 0; i < Core::rows; ++i) {
 #pragma unroll
       for (int j = 0; j < Core::columns; ++j)
-        if (Core::row(i) < m_left && Core::column(j) < n_left)
+        if (m + Core::row(i) < p.m && n + Core::column(j) < p.n)
           dw[int64_t(Core::row(i)) * p.n + Core::column(j)] = total.at(i, j);
     }
   }
   if (p.c.y != nullptr) finish<Block, false>(total, p, 0, m, n);
+}
+
+template <class Plain>
+__global__ void __launch_bounds__(Plain::threads, Rank1WgradBlock<Plain>::blocks_per_sm)
+    rank1_wgrad_kernel(const Rank1Wgrad<typename Plain::T> p) {
+  using Block = Rank1WgradBlock<Plain>;
+  if constexpr (Block::shared_without_saved <= most_shared) rank1_wgrad<Block>(p);
 }
 
 // sums[g, i] = sum_q parts[g, q, i], in the order of q.

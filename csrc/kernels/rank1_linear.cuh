@@ -103,6 +103,10 @@ std::string describe_rank1_linear() {
          describe_kernels<Rank1WgradKernels<T, math>>();
 }
 
+inline std::string describe_add_parts() {
+  return "add_parts 0 0 0 0 " + std::to_string(add_parts_threads) + " 0\n";
+}
+
 // Each combination is compiled in a file of its own, csrc/cuda/rank1_linear_<math>.cu.
 #define EFFENS_RANK1_LINEAR(EXTERN, T, math)                                                                \
   EXTERN template void launch_rank1_linear_fwd<T, math>(const Rank1Product<T>&, int64_t, const Setting&);   \

@@ -48,12 +48,12 @@ struct Cut {
   TileSize size = TileSize::small;
   int tiles_down = 1, tiles_across = 1;
   int member_parts = 1, row_parts = 1;
-  int rows = 0;  // of a part
+  int members = 0, rows = 0;  // of a part
 };
 
-// The tile and the parts that take least by the table; `parts` and `tile`, unless 0 and -1, are what is asked for.  A
-// part has at least four steps of `depth` rows unless that is so; the parts of dW together have the size of as many
-// tiles as there are multiprocessors at most.
+// The tile and the parts that take least by the table; `parts` and `tile`, unless 0 and -1, are what is asked for.  One
+// part more would need a second wave of blocks, so that all parts of dW have no more tiles than there are
+// multiprocessors; parts of rows have at least four steps of `depth` rows.
 template <class Fits>
 Cut choose_cut(int m, int n, int members, int rows, int depth, int parts, int tile, const Gpu& gpu, Fits fits) {
   auto up = [](int64_t a, int64_t b) { return std::max<int64_t>(1, (a + b - 1) / b); };
@@ -66,11 +66,11 @@ Cut choose_cut(int m, int n, int members, int rows, int depth, int parts, int ti
     const int64_t tiles = int64_t(cut.tiles_down) * cut.tiles_across, steps = up(rows, depth);
     const int64_t wanted = parts > 0 ? parts : std::max<int64_t>(1, gpu.multiprocessors / tiles);
     const int64_t group = up(members, std::min<int64_t>(wanted, members));  // members of a part
-    const int64_t least_steps = parts > 0 ? 1 : 4;
-    const int64_t row_wanted = group == 1 ? std::clamp<int64_t>(wanted / members, 1, up(steps, least_steps)) : 1;
+    const int64_t most = parts > 0 ? steps : up(steps, 4);
+    const int64_t row_wanted = group == 1 ? std::clamp<int64_t>(wanted / members, 1, most) : 1;
     const int64_t part_steps = up(steps, row_wanted);
     cut.member_parts = int(up(members, group)), cut.row_parts = int(up(steps, part_steps));
-    cut.rows = int(std::min<int64_t>(part_steps * depth, rows));
+    cut.members = int(group), cut.rows = int(std::min<int64_t>(part_steps * depth, rows));
     const int64_t blocks = tiles * cut.member_parts * cut.row_parts;
     // What follows the steps of a member takes about as long as two of them.
     const double time =
