@@ -171,6 +171,13 @@ def test_what_lies_beyond_the_edge_does_not_make_nan(tile, seed):
     grad = grad.clone()
     grad[0, 3, 5] = float("inf")
     assert run(inputs, grad, tile=tile)["s"][0, 5].isinf()
+    for count in (37, 40):  # the factors of the step before are not used again
+        inputs, grad, *_ = sample("rank1_linear", Rank1Case(2, 9, count, count), torch.float32, RUNNER.device, seed)
+        x, weight, r, s, bias = (t.clone() for t in inputs)
+        r[0, 13], s[1, 13] = float("inf"), float("inf")
+        actual = run((x, weight, r, s, bias), grad, tile=tile)
+        assert actual["y"][0].isinf().all()
+        assert actual["x"][1].isinf().all()
 
 
 def exact(inputs, grad: Tensor) -> dict:

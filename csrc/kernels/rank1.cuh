@@ -1,11 +1,11 @@
 // The kernels of layers that share a weight [O, I] and have a rank-1 factor per member, r [E, I] and s [E, O]:
 //
-//   rank1_fwd     y_e = act(((x_e r_e) W^T) s_e + b_e)    x is scaled on its way to the core, the product when it is
-//   stored rank1_dgrad   dx_e = ((g_e s_e) W) r_e                scaled in the same places; summed over members where x
-//   is shared rank1_wgrad   of each G_e = g_e^T x_e, which never leaves the registers:
+//   rank1_fwd     y_e = act(((x_e r_e) W^T) s_e + b_e):  x is scaled on its way to the core, the product when stored
+//   rank1_dgrad   dx_e = ((g_e s_e) W) r_e:  scaled in the same places, summed over members where x is shared
+//   rank1_wgrad   of each G_e = g_e^T x_e, which never leaves the registers:
 //                 dW = sum_e s_e G_e r_e,  dr_e = sum over rows of s_e W G_e,  ds_e = sum over columns of r_e W G_e
 //
-// In the last, blocks share members or rows of the batch and each has a tile of W only: their sums are parts, which
+// In the last, a block has one tile of W, and some members or some rows of the batch: what it sums up are parts, which
 // add_parts adds.
 #pragma once
 
@@ -19,7 +19,8 @@ struct Rank1Product : Product<T> {
 };
 
 // Multiplies the tiles of A, one after the other, by a vector along k: for each thread the part that belongs to its
-// columns, loaded while the core is at work on the tile before.  Each summand has a vector of its own.
+// columns, which is loaded while the core is at work on the tile before, if one access can.  Each summand has a vector
+// of its own.
 template <class Block, bool summands>
 class Scaling {
   using T = typename Block::T;
@@ -30,6 +31,17 @@ class Scaling {
   __device__ __forceinline__ Scaling(const Scale<T>& scale, int member, const Product<T>& p)
       : scale_(scale), p_(p), from_(scale.data + member * scale.batch) {
     load_next();
+  }
+
+  // Whether there is something to scale: this thread's columns may lie beyond the edge, where A has zeros.
+  __device__ __forceinline__ bool begin() {
+    const int at = k_ + TileA::own_column();
+    if (at >= p_.k) return false;
+    if (!scale_.vectors) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) by_[i] = at + i < p_.k ? T(from_[at + i]) : from_float<T>(0.0f);
+    }
+    return true;
   }
 
   __device__ __forceinline__ void operator()(Vector<T, width>& values) const { multiply(values, by_); }
@@ -43,14 +55,7 @@ class Scaling {
  private:
   __device__ __forceinline__ void load_next() {
     const int at = k_ + TileA::own_column();
-    if (at >= p_.k || (summands && summand_ >= p_.summands)) return;  // A has zeros there, or there is no more
-    if (scale_.vectors) {
-      by_ = load<width>(from_ + at);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < width; ++i)
-      if (at + i < p_.k) by_[i] = from_[at + i];
+    if (scale_.vectors && at < p_.k && (!summands || summand_ < p_.summands)) by_ = load<width>(from_ + at);
   }
 
   const Scale<T>& scale_;
@@ -70,7 +75,7 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
   typename Block::Core core;
   Scaling<Block, false> scaling(p.along_k, place.member, p);
   auto prepare = [&](Shared<T> a_tile, Shared<T>) {
-    Block::TileA::transform(a_tile, [&](auto& values) { scaling(values); });
+    if (scaling.begin()) Block::TileA::transform(a_tile, [&](auto& values) { scaling(values); });
     scaling.advance();
   };
   add_up<Block>(core, p, terms, m, n, false, prepare, [](Shared<T>) {});
@@ -108,13 +113,15 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
   Scaling<Block, true> scaling(p.along_k, place.member, p);
   auto prepare = [&](Shared<T> a_tile, Shared<T> saved_tile) {
     const Activation slope = p.slope;
-    if (slope == Activation::none)
+    if (!scaling.begin()) {
+    } else if (slope == Activation::none) {
       TileA::transform(a_tile, [&](auto& values) { scaling(values); });
-    else
+    } else {
       TileA::transform(a_tile, saved_tile, [&](auto& grad, const auto& by) {
         through_activation(slope, grad, by);
         scaling(grad);
       });
+    }
     scaling.advance();
   };
   // What one summand comes to is scaled before it is added.
