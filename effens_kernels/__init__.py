@@ -3,7 +3,15 @@
 from . import nn
 from ._config import show_config
 from ._version import __version__
-from .ops import ensemble_mlp, grouped_linear, multihead_linear, rank1_linear
+from .ops import (
+    ensemble_mlp,
+    grouped_linear,
+    multihead_linear,
+    rank1_conv1d,
+    rank1_conv2d,
+    rank1_conv_transpose2d,
+    rank1_linear,
+)
 
 __all__ = [
     "__version__",
@@ -11,6 +19,9 @@ __all__ = [
     "grouped_linear",
     "multihead_linear",
     "nn",
+    "rank1_conv1d",
+    "rank1_conv2d",
+    "rank1_conv_transpose2d",
     "rank1_linear",
     "show_config",
 ]

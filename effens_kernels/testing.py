@@ -315,3 +315,43 @@ LAYER_WORKLOADS = (
     LinearCase(8, 512, 512, 512, activation="relu"),
     LinearCase(4, 1024, 1024, 1024),
 )
+
+
+@dataclass(frozen=True)
+class BatchEnsembleWorkload:
+    """A BatchEnsemble MLP of these widths on data that all members see, or, with one layer, an inner layer of one."""
+
+    members: int
+    batch: int
+    widths: tuple[int, ...]
+    model: bool = True
+
+    def __str__(self) -> str:
+        kind = "MLP" if self.model else "layer"
+        return f"{kind}-E{self.members}-B{self.batch}-{'-'.join(map(str, self.widths))}"
+
+    def inputs_for(
+        self, dtype: torch.dtype, device: torch.device | str, seed: int
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """Random x and, for each layer, (weight, r, s, bias)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return strided(shape, "contiguous", generator, dtype, device)
+
+        rows = (self.batch, self.widths[0]) if self.model else (self.members, self.batch, self.widths[0])
+        layers = []
+        for inputs, outputs in zip(self.widths, self.widths[1:]):
+            weight = normal(outputs, inputs) * inputs**-0.5
+            r, s = (1 + 0.3 * normal(self.members, size) for size in (inputs, outputs))
+            layers.append((weight, r, s, 0.1 * normal(self.members, outputs)))
+        return normal(*rows), layers
+
+
+BATCHENSEMBLE_WORKLOADS = (
+    BatchEnsembleWorkload(5, 128, (3072, 128, 128, 10)),
+    BatchEnsembleWorkload(32, 256, (64, 256, 256, 256, 10)),
+    BatchEnsembleWorkload(5, 128, (128, 128), model=False),
+    BatchEnsembleWorkload(32, 256, (256, 256), model=False),
+    BatchEnsembleWorkload(16, 256, (512, 512), model=False),
+)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from common import NAMES
+from common import ARGUMENTS
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, stack_module_state, vjp, vmap
 
@@ -14,6 +14,7 @@ from effens_kernels import grouped_linear, multihead_linear, nn
 from effens_kernels.ops.grouped_linear import reference
 from effens_kernels.testing import LinearCase
 
+NAMES = ARGUMENTS[3]
 SIZE = 3  # of mapped axes
 # Where the mapped axis of x, weight and bias is; None: not mapped.
 IN_DIMS = [dims for dims in itertools.product((None, 0, -1), repeat=3) if dims != (None,) * 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import NAMES, derivatives, leaves, name_of, runs
+from common import ARGUMENTS, derivatives, leaves, name_of, runs
 from torch import Tensor
 
 from effens_kernels import grouped_linear
@@ -168,7 +168,7 @@ def test_nan_and_infinity_go_where_they_go_in_torch(activation, value, place, dt
     """
     case = LinearCase(2, 5, 7, 9, activation=activation)
     inputs = [t / 4 for t in case.inputs_for(dtype, runner.device, seed)]  # so that no tanh rounds to 1
-    tensors = dict(zip(NAMES, inputs), grad=random_grad(case, inputs[0]))
+    tensors = dict(zip(ARGUMENTS[3], inputs), grad=random_grad(case, inputs[0]))
     tensors[place][..., 1, 3] = value  # in bias: of member 1
     grad = tensors["grad"]
     exact = [t.double() for t in inputs]

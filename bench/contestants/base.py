@@ -12,8 +12,8 @@ from torch import Tensor
 
 # Norm of the difference relative to the norm of the result.  Loose on purpose: the tests judge accuracy, this only
 # makes sure that all contestants do the same work.  (Rounding flips the sign of pre-activations near zero, so that
-# correct bfloat16 gradients of deep models differ by several percent.)
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# correct gradients of deep models differ by several percent in bfloat16, and by half of one in float32.)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 LOOP, COMPILE, OURS, LIMIT = "Python loop", "torch.compile", "effens_kernels", "limit"
 COMPILE_MAX = "torch.compile (max-autotune)"

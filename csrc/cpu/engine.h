@@ -1,8 +1,9 @@
 // The CPU engine's interface: one batched matrix product with work on load and on store.  Torch-free.
 //
-//   C[g] = act( sum_r A'[g, r] B[g, r] + bias[g] ),   A' = A * act'(saved)
+//   C[g] = act( (sum_r A'[g, r] B'[g, r]) * c_scale[g] + bias[g] ),   A' = A * act'(saved) * a_scale,  B' = B * b_scale
 //
-// or, to go on backwards, C[g] = (the sum) * act'(kept[g]).
+// or, to go on backwards, C[g] = (the sum) * act'(kept[g]).  Or each product of the sum is weighed, and its inner
+// products with a matrix are kept, on its way out of the registers (`Fold`).
 //
 // Every linear op of the package is one or two of these (docs/architecture.md).  A product is cut into independent
 // tasks whose results do not depend on how many threads run them.
@@ -29,6 +30,26 @@ struct Output {
   int64_t batch = 0, row = 0, col = 1;
 };
 
+// One factor per column or row of a matrix, next to each other in memory.
+struct Scale {
+  const void* data = nullptr;
+  int64_t batch = 0, reduce = 0;
+};
+
+// With P_r = A'[r] B[r] and the matrix W, instead of C:
+//
+//   sum = sum_r rows_r * P_r * columns_r     row_dots_r[m] = sum_n columns_r[n] W[m, n] P_r[m, n]
+//                                            column_dots_r[n] = sum_m rows_r[m] W[m, n] P_r[m, n]
+//
+// Results are of the type of sums.  The dots come in as many parts as the plan has blocks, which add up to them.
+struct Fold {
+  Operand w;  // w.col == 1
+  Scale rows, columns;
+  void* sum = nullptr;          // [m, n], optional
+  void* row_dots = nullptr;     // [col_blocks, reduces, m]
+  void* column_dots = nullptr;  // [row_blocks, reduces, n]
+};
+
 struct Gemm {
   DType dtype = DType::f32;          // of every operand and output; sums are float, or double for f64
   int64_t batches = 1, reduces = 1;  // outputs g, summands r per output
@@ -36,8 +57,9 @@ struct Gemm {
   Operand a, b;                         // A [m, k], B [k, n]
   Activation slope = Activation::none;  // operand transform: A * slope(saved), saved laid out as A's shape
   Operand saved;
-  Output c;              // C [m, n]
-  Output preactivation;  // optional: the sum and bias before the activation
+  Scale a_scale, b_scale, c_scale;  // along k of A (without row_sums), and columns of B and of the sum
+  Output c;                         // C [m, n]
+  Output preactivation;             // optional: the sum and bias before the activation
   Activation activation = Activation::none;
   const void* bias = nullptr;  // optional, [n] per g
   int64_t bias_batch = 0;
@@ -46,9 +68,11 @@ struct Gemm {
   Output kept;
   void* row_sums = nullptr;  // optional: sum of A' over k (and r), [m] per g: the bias gradient
   int64_t row_sums_batch = 0;
+  const Fold* fold = nullptr;  // optional; batches is 1, and row_sums are [m] per r
+  bool columns_first = false;  // tasks of all g for one column block follow each other: for a B that they share
 };
 
-// How one Gemm is cut: tasks are numbered g-major, then column blocks, then row blocks.
+// How one Gemm is cut: tasks are numbered g-major, then column blocks, then row blocks; or column blocks first.
 struct Plan {
   int64_t row_block = 0, row_blocks = 0, col_block = 0, col_blocks = 0;
   int64_t tasks() const { return row_blocks * col_blocks; }  // per g
@@ -63,6 +87,8 @@ struct Engine {
   // A' of output g written out as [k, ld] with the m values of each k contiguous, and its row sums.  For two products
   // that read the same transformed operand while it is in cache.
   void (*transform)(const Gemm&, int64_t g, void* to, int64_t ld);
+  // to[i] = sum of parts[j * stride + i] over j < count: from the type of sums to dtype.
+  void (*add_up)(DType, const void* parts, int64_t count, int64_t stride, void* to, int64_t n);
 };
 
 extern const Engine engine_baseline;

@@ -13,10 +13,12 @@ template <class Tiles, class U, class T>
 struct Product {
   using C = Compute<T>;
   static constexpr int64_t w = lanes<C>;
-  static constexpr int64_t k_block = Tiles::k_block;             // units; a strip of it stays in L1
-  static constexpr int64_t packed_bytes = 1 << 20;               // of B, to stay in L2
-  static constexpr int64_t region_bytes = 1 << 20;               // of partial sums
-  static constexpr int64_t strips_bytes = 1 << 19;               // of A, where all strips are packed at once
+  static constexpr int64_t k_block = Tiles::k_block;  // units; a strip of it stays in L1
+  static constexpr int64_t packed_bytes = 1 << 20;    // of B, to stay in L2
+  static constexpr int64_t region_bytes = 1 << 20;    // of partial sums
+  static constexpr int64_t strips_bytes = 1 << 19;    // of A, where all strips are packed at once
+  // What is folded for all summands in turn, of W and of the sum: elements of a block, and its rows.
+  static constexpr int64_t folded = 1 << 17, folded_rows = 512;
   static constexpr int64_t strip_ld = k_block + 64 / sizeof(U);  // a power of two would alias in L1
   static constexpr bool same_type = sizeof(U) == sizeof(T);      // packed elements are the stored ones
 
@@ -40,14 +42,23 @@ struct Product {
     Plan plan;
     const int64_t panel = panel_vectors(p), panel_columns = panel * w, strip_rows = Tiles::rows(panel);
     const int64_t units = max<int64_t>(1, units_of(p.k));
-    const int64_t fit = max<int64_t>(2, packed_bytes / int64_t(units * sizeof(U)) / panel_columns);
+    int64_t fit = packed_bytes / int64_t(units * sizeof(U)) / panel_columns;
+    if (p.fold) fit = min(fit / 2, folded / max<int64_t>(1, min(p.m, folded_rows)) / panel_columns);
+    fit = max<int64_t>(2, fit);
     plan.col_block = min(fit * panel_columns, max<int64_t>(1, ceil_div(p.n, panel_columns)) * panel_columns);
     plan.col_blocks = max<int64_t>(p.row_sums ? 1 : 0, ceil_div(p.n, plan.col_block));
+    if (plan.col_blocks > 1) {  // of nearly equal width
+      plan.col_block = ceil_div(ceil_div(p.n, plan.col_blocks), panel_columns) * panel_columns;
+      plan.col_blocks = ceil_div(p.n, plan.col_block);
+    }
     const int64_t outputs = max<int64_t>(1, p.batches * plan.col_blocks);
-    int64_t parts = threads > 1 ? ceil_div(4 * threads, outputs) : 1;
+    int64_t parts = threads > 1 ? ceil_div((p.fold ? 2 : 4) * threads, outputs) : 1;
     parts = max<int64_t>(1, min(parts, p.m / (3 * strip_rows)));
-    if (by_columns(p)) parts = max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), strips_bytes));
-    if (p.reduces > 1) parts = max(parts, ceil_div(p.m * plan.col_block * int64_t(sizeof(C)), region_bytes));
+    if (by_columns(p))
+      parts =
+          max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), p.fold ? packed_bytes : strips_bytes));
+    if (p.reduces > 1 && !p.fold) parts = max(parts, ceil_div(p.m * plan.col_block * int64_t(sizeof(C)), region_bytes));
+    if (p.fold) parts = max(parts, ceil_div(p.m, folded_rows));
     plan.row_block = ceil_div(max<int64_t>(1, ceil_div(p.m, strip_rows)), parts) * strip_rows;
     plan.row_blocks = ceil_div(p.m, plan.row_block);
     return plan;
@@ -62,7 +73,7 @@ struct Product {
       __builtin_memset(sums, 0, size_t(p.m) * sizeof(C));
     }
     transform<T, T>(p.slope, src, p.a.col, p.a.row, saved, p.saved.col, p.saved.row, p.k, p.m, static_cast<T*>(to), ld,
-                    sums, false);
+                    sums, false, static_cast<const T*>(nullptr));
     if (p.row_sums) write_sums(p, g, 0, p.m, sums);
   }
 
@@ -81,10 +92,10 @@ struct Product {
   const bool direct;                                      // C takes the sums from the registers
   const bool a_in_place;
   const bool blocks_first;  // A lies by columns and is packed
-  C *region, *tile, *sums;
+  C *region, *tile, *sums, *row_dots;
   U *packed, *strip;
   T* transformed;
-  int64_t packed_g = -1, packed_block = -1;
+  const T* packed_from = nullptr;
   // the current task
   int64_t g = 0, m0 = 0, m1 = 0, n0 = 0, n1 = 0;
   int64_t panels_least = 0, panels_larger = 0;  // vectors of a panel, and how many panels have one more
@@ -101,20 +112,22 @@ struct Product {
         units(units_of(depth)),
         k_blocks(max<int64_t>(1, ceil_div(units, k_block))),
         k_step(max<int64_t>(1, ceil_div(ceil_div(units, k_blocks), Tiles::unit_multiple) * Tiles::unit_multiple)),
-        direct(sizeof(T) == sizeof(C) && !p.preactivation.data && p.c.col == 1 && !Tiles::whole_tiles &&
+        direct(sizeof(T) == sizeof(C) && !p.fold && !p.preactivation.data && p.c.col == 1 && !Tiles::whole_tiles &&
                (p.activation == Activation::none || p.activation == Activation::relu) &&
                (p.c_slope == Activation::none || (p.c_slope == Activation::relu && p.kept.col == 1))),
-        a_in_place(same_type && per_unit<U> == 1 && (p.a.row == 1 || p.a.col == 1) && lies_well()),
+        a_in_place(same_type && per_unit<U> == 1 && !p.a_scale.data && (p.a.row == 1 || p.a.col == 1) && lies_well()),
         blocks_first(per_unit<U> == 1 && by_columns(p) && depth > 0 && !a_in_place) {
-    const int64_t partial_rows = strip_rows + (reduces > 1 || blocks_first ? cut.row_block : 0);
+    const int64_t partial_rows = strip_rows + ((reduces > 1 && !p.fold) || blocks_first ? cut.row_block : 0);
     region = static_cast<C*>(scratch(slot_region, size_t(partial_rows * cut.col_block) * sizeof(C)));
     packed = static_cast<U*>(scratch(slot_b, size_t(units * cut.col_block + 1) * sizeof(U)));
     const int64_t strip_size = blocks_first ? cut.row_block * k_step : (strip_rows + 2) * strip_ld;
     strip = static_cast<U*>(scratch(slot_strip, size_t(strip_size) * sizeof(U)));
     transformed = static_cast<T*>(scratch(slot_transform, size_t((k_block * per_unit<U> + 64) * 32) * sizeof(T)));
+    const int64_t lane_sums = p.fold ? strip_rows * w : 0;
     tile = static_cast<C*>(
-        scratch(slot_tile, size_t(strip_rows * panel_columns + cut.row_block + strip_rows) * sizeof(C)));
-    sums = tile + strip_rows * panel_columns;
+        scratch(slot_tile, size_t(strip_rows * panel_columns + cut.row_block + strip_rows + lane_sums) * sizeof(C)));
+    row_dots = tile + strip_rows * panel_columns;
+    sums = row_dots + lane_sums;
   }
 
   void start_sums() {
@@ -129,43 +142,46 @@ struct Product {
     by_vectors<C>(count, [&](int64_t i, auto some) { store(to + i, load(sums + i), some); });
   }
 
-  int64_t steps() const { return reduces * k_blocks; }
+  int64_t steps() const { return (p.fold ? 1 : reduces) * k_blocks; }  // that add to one sum
   int64_t block_units(int64_t block) const { return min(k_step, units - block * k_step); }
   int64_t block_elements(int64_t block) const {
     return min(block_units(block) * per_unit<U>, depth - block * k_step * per_unit<U>);
   }
 
   void one(int64_t task) {
-    g = task / cut.tasks();
-    const int64_t block = task % cut.tasks() / cut.row_blocks, part = task % cut.row_blocks;
+    const int64_t part = task % cut.row_blocks, rest = task / cut.row_blocks;
+    const int64_t block = p.columns_first ? rest / p.batches : rest % cut.col_blocks;
+    g = p.columns_first ? rest % p.batches : rest / cut.col_blocks;
     n0 = block * cut.col_block, n1 = min(p.n, n0 + cut.col_block);
     m0 = part * cut.row_block, m1 = min(p.m, m0 + cut.row_block);
     const int64_t panels = max<int64_t>(1, ceil_div(n1 - n0, panel_columns)), vectors = ceil_div(n1 - n0, w);
     panels_least = vectors / panels, panels_larger = vectors % panels;
     const bool want_sums = p.row_sums && n0 == 0;
-    if (want_sums) start_sums();
     C* sum = want_sums ? sums : nullptr;
     for (int64_t r = 0; r < reduces; ++r) {
-      prepare_b(r, block);
+      if (want_sums && (r == 0 || p.fold)) start_sums();
+      if (p.fold) start_column_dots(r, part);
+      prepare_b(r);
       if (blocks_first) {
         for (int64_t kb = 0; kb < k_blocks; ++kb) {
           pack_a(r, kb, sum);
           const U* data = strip;
           each_strip([&](int64_t i, int64_t rows) {
-            tiles(r * k_blocks + kb, kb, i, rows, {data, 1, rows, false}, region + (i - m0) * cut.col_block);
+            tiles(r, kb, i, rows, {data, 1, rows, false}, region + (i - m0) * cut.col_block);
             data += rows * block_units(kb);
           });
         }
       } else {
         each_strip([&](int64_t i, int64_t rows) {
           if (p.a.col == 1 && i + rows < m1) prefetch_rows(r, i + rows, min(rows, m1 - i - rows));
-          C* partial = region + (reduces > 1 ? i - m0 : 0) * cut.col_block;
+          C* partial = region + (reduces > 1 && !p.fold ? i - m0 : 0) * cut.col_block;
           for (int64_t kb = 0; kb < k_blocks; ++kb)
-            tiles(r * k_blocks + kb, kb, i, rows, prepare_a(r, kb, i, rows, sum ? sum + (i - m0) : nullptr), partial);
+            tiles(r, kb, i, rows, prepare_a(r, kb, i, rows, sum ? sum + (i - m0) : nullptr), partial);
         });
       }
+      if (want_sums && p.fold) write_sums(p, r, m0, m1 - m0, sums);
     }
-    if (want_sums) write_sums(p, g, m0, m1 - m0, sums);
+    if (want_sums && !p.fold) write_sums(p, g, m0, m1 - m0, sums);
   }
 
   // Strips of nearly equal height; whole tiles first where the microkernel writes only those.
@@ -180,8 +196,10 @@ struct Product {
   }
 
   // One strip of C by one block of k.
-  void tiles(int64_t step, int64_t kb, int64_t i, int64_t rows, const Strip<U>& a, C* partial) {
+  void tiles(int64_t r, int64_t kb, int64_t i, int64_t rows, const Strip<U>& a, C* partial) {
+    const int64_t step = (p.fold ? 0 : r * k_blocks) + kb;
     const bool whole = steps() == 1, final = step + 1 == steps();
+    if (p.fold && final) __builtin_memset(row_dots, 0, size_t(rows * w) * sizeof(C));
     const int64_t k = depth == 0 ? 0 : block_units(kb);
     const U* b = b_ld ? b_data + kb * k_step * b_ld : packed + kb * k_step * padded_columns();
     each_panel([&](int64_t j, int64_t columns, int64_t vectors) {
@@ -193,18 +211,65 @@ struct Product {
       int64_t ld_from = ld;
       if (p.accumulate && step == 0) from = reinterpret_cast<const C*>(output(p.c, i, j)), ld_from = p.c.row;
       if (final && direct) {
+        const C* scale = p.c_scale.data ? static_cast<const C*>(p.c_scale.data) + g * p.c_scale.batch + j : nullptr;
         const C* bias = p.bias ? static_cast<const C*>(p.bias) + g * p.bias_batch + j : nullptr;
         const C* kept = p.c_slope == Activation::none ? nullptr : reinterpret_cast<const C*>(output(p.kept, i, j));
-        const Finish<C> finish = {columns % w, bias, p.activation == Activation::relu, kept, p.kept.row};
+        const Finish<C> finish = {columns % w, scale, bias, p.activation == Activation::relu, kept, p.kept.row};
         C* out = reinterpret_cast<C*>(output(p.c, i, j));
         Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, out, p.c.row, finish);
       } else {
-        if (final && p.c.col == 1)
+        if (final && p.c.col == 1 && !p.fold)
           for (int64_t l = 0; l < rows; ++l) __builtin_prefetch(output(p.c, i + l, j), 1);
+        if (final && p.fold) prefetch_fold(i, j, rows, vectors);
         Tiles::multiply(k, rows, vectors, a, panel, ldb, from, ld_from, to, ld, {columns % w});
-        if (final) finish(to, ld, i, j, rows, columns);
+        if (final && p.fold)
+          fold(r, to, ld, i, j, rows, columns);
+        else if (final)
+          finish(to, ld, i, j, rows, columns);
       }
     });
+    if (p.fold && final) write_row_dots(r, i, rows);
+  }
+
+  // ------------------------------------------------------------------------------------------------- folding
+
+  void fold(int64_t r, const C* from, int64_t ld, int64_t i, int64_t j, int64_t rows, int64_t columns) const {
+    const Fold& f = *p.fold;
+    FoldTile<T> t;
+    t.w = static_cast<const T*>(f.w.data) + i * f.w.row + j, t.ld_w = f.w.row;
+    t.rows = static_cast<const T*>(f.rows.data) + r * f.rows.reduce + i;
+    t.columns = static_cast<const T*>(f.columns.data) + r * f.columns.reduce + j;
+    t.sum = f.sum ? static_cast<C*>(f.sum) + i * p.n + j : nullptr, t.ld_sum = p.n, t.first = r == 0;
+    t.row_dots = row_dots, t.column_dots = column_dots(r, m0 / cut.row_block) + j;
+    fold_tile<T>(t, from, ld, rows, columns);
+  }
+
+  // While the product is computed: rows of W and of the sum are too short for the hardware to notice.
+  void prefetch_fold(int64_t i, int64_t j, int64_t rows, int64_t vectors) const {
+    const T* weight = static_cast<const T*>(p.fold->w.data) + i * p.fold->w.row + j;
+    const C* sum = static_cast<const C*>(p.fold->sum) + i * p.n + j;
+    for (int64_t l = 0; l < rows; ++l)
+      for (int64_t v = 0; v < vectors; ++v) {
+        __builtin_prefetch(weight + l * p.fold->w.row + v * w);
+        if (p.fold->sum) __builtin_prefetch(sum + l * p.n + v * w, 1);
+      }
+  }
+
+  C* column_dots(int64_t r, int64_t part) const {
+    return static_cast<C*>(p.fold->column_dots) + (part * reduces + r) * p.n;
+  }
+
+  void start_column_dots(int64_t r, int64_t part) const {
+    __builtin_memset(column_dots(r, part) + n0, 0, size_t(n1 - n0) * sizeof(C));
+  }
+
+  void write_row_dots(int64_t r, int64_t i, int64_t rows) const {
+    C* to = static_cast<C*>(p.fold->row_dots) + (n0 / cut.col_block * reduces + r) * p.m + i;
+    for (int64_t l = 0; l < rows; ++l) {
+      C sum = 0;
+      for (int64_t v = 0; v < w; ++v) sum += row_dots[l * w + v];
+      to[l] = sum;
+    }
   }
 
   // Panels of nearly equal width, in whole vectors but for the last.
@@ -225,20 +290,23 @@ struct Product {
 
   int64_t padded_columns() const { return ceil_div(n1 - n0, w) * w; }
 
-  void prepare_b(int64_t r, int64_t block) {
+  void prepare_b(int64_t r) {
     const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
     // In place: whole vectors, no conversion, and little enough to stay in cache or too few strips for packing to pay.
     // Panels that are interleaved in memory are read slower than packed ones.
     const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 96 << 10 && (n1 - n0 <= panel_columns || by_columns(p));
-    const bool in_place = same_type && per_unit<U> == 1 && p.b.col == 1 && p.b.row != 0 && (n1 - n0) % w == 0;
-    if (in_place && (little || m1 - m0 <= 3 * strip_rows)) {
+    const bool in_place =
+        same_type && per_unit<U> == 1 && p.b.col == 1 && p.b.row != 0 && (n1 - n0) % w == 0 && !p.b_scale.data;
+    const bool once = p.b.batch == 0 && p.b.reduce == 0;  // packed for all g or r
+    if (in_place && (little || (m1 - m0 <= 3 * strip_rows && !(once && p.batches * reduces > 1)))) {
       b_data = reinterpret_cast<const U*>(src), b_ld = p.b.row;
       return;
     }
     b_ld = 0;
-    const int64_t source = p.b.batch == 0 ? 0 : g;
-    if (reduces == 1 && packed_g == source && packed_block == block) return;
-    packed_g = source, packed_block = block;
+    if (packed_from == src && !p.b_scale.data) return;
+    packed_from = src;
+    const T* scale = static_cast<const T*>(p.b_scale.data);
+    if (scale) scale += g * p.b_scale.batch + r * p.b_scale.reduce + n0;
     for (int64_t kb = 0; depth > 0 && kb < k_blocks; ++kb) {
       U* dst = packed + kb * k_step * padded_columns();
       const T* from = src + kb * k_step * per_unit<U> * p.b.row;
@@ -252,8 +320,9 @@ struct Product {
                      columns, dst + want * (j - n0) + k0 * width, width);
         });
       }
-      each_panel([&](int64_t j, int64_t, int64_t vectors) {
+      each_panel([&](int64_t j, int64_t columns, int64_t vectors) {
         const int64_t width = vectors * w;
+        if (scale) scale_panel(dst + want * (j - n0), have, width, scale + (j - n0), columns);
         __builtin_memset(dst + want * (j - n0) + have * width, 0, size_t((want - have) * width) * sizeof(U));
       });
     }
@@ -266,18 +335,24 @@ struct Product {
     const T* saved = p.slope == Activation::none ? nullptr
                                                  : static_cast<const T*>(p.saved.data) + g * p.saved.batch +
                                                        r * p.saved.reduce + i * p.saved.row + k0 * p.saved.col;
+    const T* scale = a_scale(r, k0);
     const bool by_rows = !by_columns(p);
     if constexpr (per_unit<U> == 1) {
       if (a_in_place) {
-        if (sum) read(src, saved, by_rows, rows, k, static_cast<T*>(nullptr), 0, sum);
+        if (sum) read(src, saved, by_rows, rows, k, static_cast<T*>(nullptr), 0, sum, scale);
         return {reinterpret_cast<const U*>(src), p.a.row, p.a.col, by_rows};
       }
       const int64_t ld = by_rows ? strip_ld : rows;
-      read(src, saved, by_rows, rows, k, strip, ld, sum);
+      read(src, saved, by_rows, rows, k, strip, ld, sum, scale);
       return {strip, by_rows ? ld : 1, by_rows ? 1 : ld, by_rows};
     } else {
-      return pairs_strip(src, saved, by_rows, rows, k, block_units(kb), sum);
+      return pairs_strip(src, saved, by_rows, rows, k, block_units(kb), sum, scale);
     }
+  }
+
+  const T* a_scale(int64_t r, int64_t k) const {
+    const T* scale = static_cast<const T*>(p.a_scale.data);
+    return scale ? scale + g * p.a_scale.batch + r * p.a_scale.reduce + k : nullptr;
   }
 
   // A is read in place where it needs no transform and its lines do not crowd few sets of the L1 cache.
@@ -313,27 +388,29 @@ struct Product {
       each_strip([&](int64_t i, int64_t rows) {
         const T* from = src + (i - m0) + at * p.a.col;
         const T* s = p.slope == Activation::none ? nullptr : saved + (i - m0) * p.saved.row + at * p.saved.col;
-        read(from, s, false, rows, steps, strip + (i - m0) * k + u * rows, rows, sum ? sum + (i - m0) : nullptr);
+        read(from, s, false, rows, steps, strip + (i - m0) * k + u * rows, rows, sum ? sum + (i - m0) : nullptr,
+             a_scale(r, at));
       });
     }
   }
 
   // Pairs of k must be adjacent in A: rows are taken or copied, columns transposed.
-  Strip<U> pairs_strip(const T* src, const T* saved, bool by_rows, int64_t rows, int64_t k, int64_t want, C* sum) {
+  Strip<U> pairs_strip(const T* src, const T* saved, bool by_rows, int64_t rows, int64_t k, int64_t want, C* sum,
+                       const T* scale) {
     const bool whole = k == want * per_unit<U> && (!Tiles::whole_tiles || rows == strip_rows);
     if (by_rows) {
-      if (p.slope == Activation::none && p.a.col == 1 && p.a.row % 2 == 0 && whole) {
-        if (sum) read(src, saved, true, rows, k, static_cast<T*>(nullptr), 0, sum);
+      if (p.slope == Activation::none && !scale && p.a.col == 1 && p.a.row % 2 == 0 && whole) {
+        if (sum) read(src, saved, true, rows, k, static_cast<T*>(nullptr), 0, sum, scale);
         return {reinterpret_cast<const U*>(src), p.a.row / 2, 1, true};
       }
       T* to = reinterpret_cast<T*>(strip);
-      read(src, saved, true, rows, k, to, strip_ld * per_unit<U>, sum);
+      read(src, saved, true, rows, k, to, strip_ld * per_unit<U>, sum, scale);
       for (int64_t l = 0; l < rows; ++l)
         for (int64_t j = k; j < want * per_unit<U>; ++j) to[l * strip_ld * per_unit<U> + j] = T{};
     } else {
       int64_t ld = p.a.col;
-      if (p.slope != Activation::none || sum) {
-        read(src, saved, false, rows, k, transformed, 32, sum);
+      if (p.slope != Activation::none || sum || scale) {
+        read(src, saved, false, rows, k, transformed, 32, sum, scale);
         src = transformed, ld = 32;
       }
       auto word = [&](int64_t l, int64_t u, int64_t n)
@@ -348,11 +425,14 @@ struct Product {
 
   // A' as [rows, k] with leading dimension ld, or as [k, rows] where the source lies so.
   template <class D>
-  void read(const T* src, const T* saved, bool by_rows, int64_t rows, int64_t k, D* dst, int64_t ld, C* sum) const {
+  void read(const T* src, const T* saved, bool by_rows, int64_t rows, int64_t k, D* dst, int64_t ld, C* sum,
+            const T* scale) const {
     if (by_rows)
-      transform<D, T>(p.slope, src, p.a.row, p.a.col, saved, p.saved.row, p.saved.col, rows, k, dst, ld, sum, true);
+      transform<D, T>(p.slope, src, p.a.row, p.a.col, saved, p.saved.row, p.saved.col, rows, k, dst, ld, sum, true,
+                      scale);
     else
-      transform<D, T>(p.slope, src, p.a.col, p.a.row, saved, p.saved.col, p.saved.row, k, rows, dst, ld, sum, false);
+      transform<D, T>(p.slope, src, p.a.col, p.a.row, saved, p.saved.col, p.saved.row, k, rows, dst, ld, sum, false,
+                      scale);
   }
 
   // ------------------------------------------------------------------------------------------------- epilogue
@@ -375,22 +455,25 @@ struct Product {
   template <Activation activation>
   void finish(const C* from, int64_t ld, int64_t i, int64_t j, int64_t rows, int64_t columns) const {
     const T* bias = p.bias ? static_cast<const T*>(p.bias) + g * p.bias_batch + j : nullptr;
+    const T* scale = p.c_scale.data ? static_cast<const T*>(p.c_scale.data) + g * p.c_scale.batch + j : nullptr;
+    const vec<C> one = broadcast(C(1));
 #if defined(EFFENS_HAS_BF16)
     if constexpr (is_bf16<T>)
       if (columns == 2 * w && p.c.col == 1 && !p.preactivation.data && p.c_slope == Activation::none) {
         const vec<C> add[2] = {bias ? load(bias) : vec<C>{}, bias ? load(bias + w) : vec<C>{}};
+        const vec<C> by[2] = {scale ? load(scale) : one, scale ? load(scale + w) : one};
         for (int64_t r = 0; r < rows; ++r)
-          store_pair(output(p.c, i + r, j), activate<C>(activation, load(from + r * ld) + add[0]),
-                     activate<C>(activation, load(from + r * ld + w) + add[1]));
+          store_pair(output(p.c, i + r, j), activate<C>(activation, load(from + r * ld) * by[0] + add[0]),
+                     activate<C>(activation, load(from + r * ld + w) * by[1] + add[1]));
         return;
       }
 #endif
     by_vectors<C>(columns, [&](int64_t l, auto some) __attribute__((always_inline)) {
-      const vec<C> add = bias ? load(bias + l, some) : vec<C>{};
+      const vec<C> add = bias ? load(bias + l, some) : vec<C>{}, by = scale ? load(scale + l, some) : one;
       if (p.preactivation.data)
-        write(p.preactivation, i, j + l, rows, some, from + l, ld, [&](int64_t, vec<C> sum) { return sum + add; });
+        write(p.preactivation, i, j + l, rows, some, from + l, ld, [&](int64_t, vec<C> sum) { return sum * by + add; });
       write(p.c, i, j + l, rows, some, from + l, ld, [&](int64_t r, vec<C> sum) {
-        const vec<C> v = activate<C>(activation, sum + add);
+        const vec<C> v = activate<C>(activation, sum * by + add);
         if constexpr (activation == Activation::none)
           if (p.c_slope != Activation::none)
             return backpropagate<C>(p.c_slope, v, load(output(p.kept, i + r, j + l), some, p.kept.col));

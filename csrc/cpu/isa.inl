@@ -10,6 +10,7 @@ namespace EFFENS_ISA {
 #if defined(EFFENS_HAS_AMX)
 #include "amx.inl"
 #endif
+#include "fold.inl"
 #include "gemm.inl"
 // clang-format on
 
@@ -31,6 +32,11 @@ static void run(const Gemm& p, const Plan& plan, int64_t first, int64_t last) {
 
 static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
   return p.dtype == DType::bf16 ? BFloat16::transform_operand(p, g, to, ld) : engine_avx512.transform(p, g, to, ld);
+}
+
+static void add_up(DType dtype, const void* parts, int64_t count, int64_t stride, void* to, int64_t n) {
+  if (dtype == DType::bf16) return add_up<bf16>(parts, count, stride, to, n);
+  engine_avx512.add_up(dtype, parts, count, stride, to, n);
 }
 #else
 template <class T>
@@ -72,6 +78,19 @@ static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
       return Storage<f16>::transform_operand(p, g, to, ld);
     default:
       return Storage<float>::transform_operand(p, g, to, ld);
+  }
+}
+
+static void add_up(DType dtype, const void* parts, int64_t count, int64_t stride, void* to, int64_t n) {
+  switch (dtype) {
+    case DType::f64:
+      return add_up<double>(parts, count, stride, to, n);
+    case DType::bf16:
+      return add_up<bf16>(parts, count, stride, to, n);
+    case DType::f16:
+      return add_up<f16>(parts, count, stride, to, n);
+    default:
+      return add_up<float>(parts, count, stride, to, n);
   }
 }
 #endif

@@ -29,8 +29,8 @@ bool supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 }  // namespace
-const Engine engine_avx512_bf16 = {"avx512_bf16", supported, avx512_bf16::plan, avx512_bf16::run,
-                                   avx512_bf16::transform_operand};
+const Engine engine_avx512_bf16 = {
+    "avx512_bf16", supported, avx512_bf16::plan, avx512_bf16::run, avx512_bf16::transform_operand, avx512_bf16::add_up};
 }  // namespace effens::cpu
 
 #if defined(__clang__)

@@ -15,6 +15,6 @@
 #include "isa.inl"
 
 namespace effens::cpu {
-const Engine engine_baseline = {"baseline", [] { return true; }, baseline::plan, baseline::run,
-                                baseline::transform_operand};
+const Engine engine_baseline = {"baseline",    [] { return true; },         baseline::plan,
+                                baseline::run, baseline::transform_operand, baseline::add_up};
 }  // namespace effens::cpu

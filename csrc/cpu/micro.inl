@@ -34,8 +34,8 @@ EFFENS_INLINE void multiply_add(vec<Accumulator<U>>& sum, U a, vec<U> b) {
 // What becomes of the sums as they leave the registers.
 template <class C>
 struct Finish {
-  int64_t columns = 0;      // of the last vector; 0: all
-  const C* bias = nullptr;  // added, one per column
+  int64_t columns = 0;                        // of the last vector; 0: all
+  const C *scale = nullptr, *bias = nullptr;  // multiplied by and added, one per column
   bool relu = false;
   const C* kept = nullptr;  // where it is not above 0, the result is 0: relu backwards
   int64_t ld_kept = 0;
@@ -87,6 +87,13 @@ static void micro(int64_t k, const U* __restrict a, int64_t stride, const U* __r
       const C* at = from + i * ld_from + j * w;
       v += j == vectors - 1 ? load(at, last) : load(at);
     });
+  if (finish.scale) {
+    vec<C> scale[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j)
+      scale[j] = j == vectors - 1 ? load(finish.scale + j * w, last) : load(finish.scale + j * w);
+    each([&](vec<C>& v, int, int j) __attribute__((always_inline)) { v *= scale[j]; });
+  }
   if (finish.bias) {
     vec<C> bias[vectors];
 #pragma GCC unroll 4

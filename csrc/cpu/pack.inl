@@ -76,6 +76,24 @@ static void transform(const T* src, int64_t src_outer, int64_t src_inner, const 
   }
 }
 
+// The same without sums, times scale[i] or, with `scale_inner`, scale[j].
+template <Activation slope, bool straight, class D, class T>
+static void transform_scaled(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
+                             int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, const T* scale,
+                             bool scale_inner) {
+  using C = Compute<T>;
+  for (int64_t i = 0; i < outer; ++i) {
+    const vec<C> of_row = broadcast(scale_inner ? C(0) : load_one(scale + i));
+    by_vectors<C>(inner, [&](int64_t j, auto some) __attribute__((always_inline)) {
+      vec<C> v = load(src + i * src_outer + j * src_inner, some, straight ? 1 : src_inner);
+      if constexpr (slope != Activation::none)
+        v = backpropagate<C>(slope, v,
+                             load(saved + i * saved_outer + j * saved_inner, some, straight ? 1 : saved_inner));
+      store(dst + i * ld + j, v * (scale_inner ? load(scale + j, some) : of_row), some);
+    });
+  }
+}
+
 // relu on 16-bit floats needs no arithmetic: keep the bits of src where saved is above 0 or not a number.
 template <class T>
 static void mask_bits(const T* src, int64_t src_outer, const T* saved, int64_t saved_outer, int64_t outer,
@@ -101,11 +119,52 @@ static void mask_bits(const T* src, int64_t src_outer, const T* saved, int64_t s
   }
 }
 
+#if defined(EFFENS_HAS_BF16)
+// The same for rows of bfloat16 and scale[j], 32 columns at a time: as floats, the even ones and the odd ones.
+template <Activation slope>
+static void scale_rows(const bf16* src, int64_t src_outer, const bf16* saved, int64_t saved_outer, int64_t outer,
+                       int64_t inner, bf16* dst, int64_t ld, const bf16* scale) {
+  constexpr int64_t w = 32;
+  const __m512i odd = _mm512_set1_epi32(int(0xffff0000u));
+  vec<uint16_t> order;  // of the even columns' halves, then the odd ones'
+  for (int l = 0; l < w; ++l) order[l] = uint16_t(l / 2 + l % 2 * 16);
+  for (int64_t j = 0; j < inner; j += w) {
+    const __mmask32 mask = inner - j < w ? (1u << (inner - j)) - 1 : ~0u;
+    const __m512i by = _mm512_maskz_loadu_epi16(mask, scale + j);
+    const __m512 by_even = _mm512_castsi512_ps(_mm512_slli_epi32(by, 16));
+    const __m512 by_odd = _mm512_castsi512_ps(_mm512_and_si512(by, odd));
+    for (int64_t i = 0; i < outer; ++i) {
+      __m512i v = _mm512_maskz_loadu_epi16(mask, src + i * src_outer + j);
+      if constexpr (slope == Activation::relu) {  // as in mask_bits
+        const __m512i at = _mm512_maskz_loadu_epi16(mask, saved + i * saved_outer + j);
+        const __mmask32 zero = _mm512_testn_epi16_mask(at, at);
+        const __mmask32 negative = _mm512_cmple_epu16_mask(_mm512_sub_epi16(at, _mm512_set1_epi16(short(0x8000))),
+                                                           _mm512_set1_epi16(bf16::infinity));
+        v = _mm512_maskz_mov_epi16(~(zero | negative), v);
+      }
+      const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), by_even);
+      const __m512 odds = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(v, odd)), by_odd);
+      const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odds, even));
+      _mm512_mask_storeu_epi16(dst + i * ld + j, mask, _mm512_permutexvar_epi16(bit_cast<__m512i>(order), halves));
+    }
+  }
+}
+#endif
+
 template <Activation slope, class D, class T>
 static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
                       int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, Compute<T>* sums,
-                      bool sum_inner) {
+                      bool sum_inner, const T* scale) {
   const bool straight = src_inner == 1 && (slope == Activation::none || saved_inner == 1);
+  if (scale) {
+#if defined(EFFENS_HAS_BF16)
+    if constexpr (is_bf16<T> && is_bf16<D> && (slope == Activation::none || slope == Activation::relu))
+      if (straight && sum_inner)
+        return scale_rows<slope>(src, src_outer, saved, saved_outer, outer, inner, dst, ld, scale);
+#endif
+    const auto run = straight ? transform_scaled<slope, true, D, T> : transform_scaled<slope, false, D, T>;
+    return run(src, src_outer, src_inner, saved, saved_outer, saved_inner, outer, inner, dst, ld, scale, sum_inner);
+  }
   if constexpr (slope == Activation::relu && sizeof(T) == 2 && sizeof(D) == 2)
     if (straight && !sums) return mask_bits(src, src_outer, saved, saved_outer, outer, inner, dst, ld);
   const auto run = straight ? transform<slope, true, D, T> : transform<slope, false, D, T>;
@@ -238,4 +297,26 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
       });
     }
   }
+}
+
+// A packed panel's columns times scale[0 .. cols).
+template <class U, class T>
+static void scale_panel(U* panel, int64_t units, int64_t width, const T* scale, int64_t cols) {
+  using C = Compute<T>;
+  by_vectors<C>(cols, [&](int64_t j, auto some) __attribute__((always_inline)) {
+    const vec<C> by = load(scale + j, some);
+    for (int64_t u = 0; u < units; ++u) {
+      U* at = panel + u * width + j;
+      if constexpr (per_unit<U> == 2) {
+        vec_u32 pair;
+        __builtin_memcpy(&pair, at, sizeof(pair));
+        const vec_half_bits low = narrow(bit_cast<vec<float>>(pair << 16) * by, T{});
+        const vec_half_bits high = narrow(bit_cast<vec<float>>(pair & 0xffff0000u) * by, T{});
+        pair = __builtin_convertvector(low, vec_u32) | (__builtin_convertvector(high, vec_u32) << 16);
+        __builtin_memcpy(at, &pair, sizeof(pair));
+      } else {
+        store(at, load(at) * by);
+      }
+    }
+  });
 }

@@ -145,6 +145,17 @@ EFFENS_INLINE void store_pair(bf16* p, vec<float> low, vec<float> high) {
 }
 #endif
 
+template <class T>
+EFFENS_INLINE Compute<T> load_one(const T* p) {
+  if constexpr (sizeof(T) == 2) {
+    vec_half_bits bits{};
+    bits[0] = p->bits;
+    return widen(bits, T{})[0];
+  } else {
+    return *p;
+  }
+}
+
 // The first n of a vector's lanes.  Loads zero the others and never touch memory beyond; stores leave it alone.
 template <class C>
 struct Some {

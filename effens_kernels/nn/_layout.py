@@ -32,14 +32,26 @@ def parameters(modules: Iterable[nn.Module], name: str) -> list[Tensor | None]:
         return [getattr(module, name) for module in modules]
 
 
-def members_first(layer: str, x: Tensor, num_members: int, batch_first: bool) -> Tensor:
-    """The layer's input as the ops take it: [B, I] as it is, [B, E, I] as a [E, B, I] view."""
+def one_layout(layer: str, batch_first: bool, tiled: bool) -> None:
+    if batch_first and tiled:
+        reject(layer, "tiled", "False with batch_first=True", repr(tiled))
+
+
+def members_first(
+    layer: str, x: Tensor, num_members: int, batch_first: bool, features: str = "I", tiled: bool = False
+) -> Tensor:
+    """The layer's input as the ops take it: [B, ...] as it is; [B, E, ...] and [E*B, ...] as views [E, B, ...]."""
     if not isinstance(x, Tensor):
         reject(layer, "input", "a torch.Tensor", x, TypeError)
-    layout = "[B, E, I]" if batch_first else "[E, B, I]"
-    if x.dim() not in (2, 3):
-        reject(layer, "input", f"[B, I] or {layout}", x)
-    if x.dim() == 2:
+    axes = 2 + features.count(",")  # of one member's
+    if tiled:
+        if x.dim() != axes or x.shape[0] % num_members:
+            reject(layer, "input", f"[E*B, {features}] with E={num_members} (tiled=True)", x)
+        return x.unflatten(0, (num_members, x.shape[0] // num_members))
+    layout = f"[B, E, {features}]" if batch_first else f"[E, B, {features}]"
+    if x.dim() not in (axes, axes + 1):
+        reject(layer, "input", f"[B, {features}] or {layout}", x)
+    if x.dim() == axes:
         return x
     x = x.transpose(0, 1) if batch_first else x
     if x.shape[0] != num_members:
@@ -52,14 +64,25 @@ def members_first(layer: str, x: Tensor, num_members: int, batch_first: bool) ->
     return x
 
 
-def one_member(layer: str, x: Tensor, member: int, num_members: int) -> slice:
+def as_given(y: Tensor, batch_first: bool, tiled: bool) -> Tensor:
+    """A result [E, B, ...] in the layer's layout."""
+    if tiled:
+        return y.flatten(0, 1)
+    return y.transpose(0, 1) if batch_first else y
+
+
+def layout_repr(batch_first: bool, tiled: bool) -> str:
+    return ", batch_first=True" * bool(batch_first) + ", tiled=True" * bool(tiled)
+
+
+def one_member(layer: str, x: Tensor, member: int, num_members: int, features: str = "I") -> slice:
     """The slice of parameters of one member, whose input is [B, I] and whose output is [B, ...]."""
     if isinstance(member, bool) or not isinstance(member, int):
         reject(layer, "member", "None or an int", repr(member), TypeError)
     if not -num_members <= member < num_members:
         reject(layer, "member", f"in [-{num_members}, {num_members})", repr(member), IndexError)
-    if isinstance(x, Tensor) and x.dim() != 2:
-        reject(layer, "input", "[B, I] when member is given", x)
+    if isinstance(x, Tensor) and x.dim() != 2 + features.count(","):
+        reject(layer, "input", f"[B, {features}] when member is given", x)
     member %= num_members
     return slice(member, member + 1)
 

@@ -3,6 +3,15 @@
 from .ensemble_mlp import ensemble_mlp
 from .grouped_linear import grouped_linear
 from .multihead_linear import multihead_linear
+from .rank1_conv2d import rank1_conv1d, rank1_conv2d, rank1_conv_transpose2d
 from .rank1_linear import rank1_linear
 
-__all__ = ["ensemble_mlp", "grouped_linear", "multihead_linear", "rank1_linear"]
+__all__ = [
+    "ensemble_mlp",
+    "grouped_linear",
+    "multihead_linear",
+    "rank1_conv1d",
+    "rank1_conv2d",
+    "rank1_conv_transpose2d",
+    "rank1_linear",
+]

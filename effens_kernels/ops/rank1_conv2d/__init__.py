@@ -1,0 +1,220 @@
+"""rank1_conv2d: the BatchEnsemble convolution, one weight for all members and a scale per member on either side of it.
+
+With its siblings for other numbers of axes and directions, which differ in how options are read.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from ... import _dispatch
+from .._checks import autocast, check_alike, check_tensor, reject
+from .._registration import is_plain_eager
+from . import folded, reference
+from .options import Numbers, Options, numbers, output_sizes, padded
+
+__all__ = ["rank1_conv1d", "rank1_conv2d", "rank1_conv_transpose2d"]
+
+
+def rank1_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Apply one shared convolution, scaled per ensemble member on its input and output channels.
+
+    .. math:: y_e = \mathrm{conv}(x_e \circ r_e, W) \circ s_e + b_e, \qquad e = 1 \dots E
+
+    where `r` and `s` multiply whole channels: BatchEnsemble (Wen et al. 2020, "BatchEnsemble: An Alternative Approach
+    to Efficient Ensemble and Lifelong Learning", equation 5).  It runs as PyTorch's convolution of weight
+    :math:`s_e W r_e`, member by member, so that no image is scaled, in forward or backward.
+
+    Args:
+        x: `[B, C, H, W]`, the same images for every member (never expanded), or `[E, B, C, H, W]`, images per member.
+        weight: `[O, C / groups, kh, kw]`, shared by the members.
+        r: `[E, C]`, scales of the input channels.
+        s: `[E, O]`, scales of the output channels; they do not scale the bias.
+        bias: `[O]`, shared, `[E, O]`, or None.
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding may be "same" or "valid".
+        backend: None (folded, as above, on every device), or "reference", which scales the images; there are no
+            kernels of this package for it, so other names are refused.
+
+    Returns:
+        `[E, B, O, H', W']`, in the dtype of `x` (under autocast: its dtype).  The images of each member lie as
+        `torch.nn.functional.conv2d` leaves them: channels_last stays channels_last.
+
+    All tensors share one dtype (float32, float16, bfloat16, float64) and one device.  In 16 bits, the folded weight is
+    rounded once, and what is summed over the convolution's results is summed in float32.  `B = 0` and `E = 0` give
+    empty results.  Differentiable any number of times in all tensors; kept for backward: `x` (padded, where "same" is
+    uneven), `weight`, `r` and `s`.  Under `torch.compile` and `torch.func`, and for second derivatives, it is made of
+    PyTorch's operations on scaled images.
+
+    Raises:
+        TypeError: an argument is no tensor or no number, or of an unsupported or differing dtype.
+        ValueError: ranks, sizes, options or devices do not fit; unknown backend; a backend that cannot run.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> x, weight = torch.randn(32, 3, 28, 28), torch.randn(64, 3, 3, 3)   # 5 members see the same 32 images
+        >>> r, s = 1 + 0.1 * torch.randn(5, 3), 1 + 0.1 * torch.randn(5, 64)
+        >>> ek.rank1_conv2d(x, weight, r, s, torch.zeros(64), stride=2, padding=1).shape
+        torch.Size([5, 32, 64, 14, 14])
+    """
+    return _convolution("rank1_conv2d", 2, x, weight, r, s, bias, stride, padding, dilation, groups, backend)
+
+
+def rank1_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers | str = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`rank1_conv2d` along one axis: x `[B, C, L]` or `[E, B, C, L]`, weight `[O, C / groups, k]`.
+
+    Options are those of `torch.nn.functional.conv1d`; all else is as for :func:`rank1_conv2d`.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> x, weight, r, s = torch.randn(32, 8, 100), torch.randn(16, 8, 5), torch.randn(4, 8), torch.randn(4, 16)
+        >>> ek.rank1_conv1d(x, weight, r, s, padding="same").shape
+        torch.Size([4, 32, 16, 100])
+    """
+    return _convolution("rank1_conv1d", 1, x, weight, r, s, bias, stride, padding, dilation, groups, backend)
+
+
+def rank1_conv_transpose2d(
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None = None,
+    stride: Numbers = 1,
+    padding: Numbers = 0,
+    output_padding: Numbers = 0,
+    groups: int = 1,
+    dilation: Numbers = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`rank1_conv2d` with a transposed convolution: weight `[C, O / groups, kh, kw]`.
+
+    Options are those of `torch.nn.functional.conv_transpose2d`, in its order; all else is as for :func:`rank1_conv2d`.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> x, weight, r, s = torch.randn(4, 32, 8, 7, 7), torch.randn(8, 3, 2, 2), torch.randn(4, 8), torch.randn(4, 3)
+        >>> ek.rank1_conv_transpose2d(x, weight, r, s, stride=2).shape
+        torch.Size([4, 32, 3, 14, 14])
+    """
+    op = "rank1_conv_transpose2d"
+    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
+    _check_tensors(op, 2, x, weight, r, s, bias)
+    steps = numbers(op, "stride", stride, 2, 1)
+    options = Options(
+        steps,
+        numbers(op, "padding", padding, 2, 0),
+        numbers(op, "dilation", dilation, 2, 1),
+        True,
+        numbers(op, "output_padding", output_padding, 2, 0),
+        numbers(op, "groups", groups, 1, 1)[0],
+    )
+    for extra, step, dilated in zip(options.output_padding, options.stride, options.dilation):
+        if extra >= max(step, dilated):
+            expected = f"less than stride {options.stride} or dilation {options.dilation}"
+            reject(op, "output_padding", expected, repr(output_padding))
+    return _run(op, x, weight, r, s, bias, options, backend)
+
+
+def _convolution(
+    op: str,
+    axes: int,
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    s: Tensor,
+    bias: Tensor | None,
+    stride: Numbers,
+    padding: Numbers | str,
+    dilation: Numbers,
+    groups: int,
+    backend: str | None,
+) -> Tensor:
+    x, weight, r, s, bias = autocast(x, weight, r, s, bias)
+    _check_tensors(op, axes, x, weight, r, s, bias)
+    stride, dilation = numbers(op, "stride", stride, axes, 1), numbers(op, "dilation", dilation, axes, 1)
+    (groups,) = numbers(op, "groups", groups, 1, 1)
+    x, padding = padded(op, x, weight, padding, stride, dilation)
+    return _run(op, x, weight, r, s, bias, Options(stride, padding, dilation, False, (0,) * axes, groups), backend)
+
+
+def _run(
+    op: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, options: Options, backend: str | None
+) -> Tensor:
+    _check_sizes(op, x, weight, r, s, bias, options)
+    folds = _dispatch.folds_scales(_dispatch.Problem(op, x.device.type, x.dtype), backend)
+    if not folds or r.shape[0] == 0 or not is_plain_eager(x, weight, r, s, bias):
+        return reference.rank1_conv(x, weight, r, s, bias, options)
+    if bias is not None and bias.dim() == 1:
+        bias = bias.expand(r.shape[0], -1)  # torch sums its gradient over the members
+    return folded.apply(x, weight, r, s, bias, options)
+
+
+def _check_tensors(op: str, axes: int, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> None:
+    """What options cannot change: types, and the ranks of x and weight."""
+    named = {"x": x, "weight": weight, "r": r, "s": s, **({} if bias is None else {"bias": bias})}
+    for name, tensor in named.items():
+        check_tensor(op, name, tensor)
+        check_alike(op, "x", x, name, tensor)
+    image, kernel = ("L", "k") if axes == 1 else ("H, W", "kh, kw")
+    channels = "C, O / groups" if "transpose" in op else "O, C / groups"
+    if weight.dim() != axes + 2 or 0 in weight.shape:
+        reject(op, "weight", f"[{channels}, {kernel}], none of them 0", weight)
+    if x.dim() not in (axes + 2, axes + 3):
+        reject(op, "x", f"[B, C, {image}] or [E, B, C, {image}]", x)
+
+
+def _check_sizes(
+    op: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, options: Options
+) -> None:
+    def unfit(name: str, expected: str, tensor: Tensor) -> NoReturn:
+        reject(op, name, f"{expected} to fit weight {list(weight.shape)} with groups={options.groups}", tensor)
+
+    if weight.shape[0] % options.groups:
+        reject(op, "groups", f"a divisor of weight's {weight.shape[0]} channels", repr(options.groups))
+    inputs, outputs = weight.shape[1] * options.groups, weight.shape[0]
+    if options.transposed:
+        inputs, outputs = outputs, inputs
+    axes = weight.dim() - 2
+    if x.shape[-axes - 1] != inputs:
+        unfit("x", f"of C={inputs} channels (axis {-axes - 1})", x)
+    if r.dim() != 2 or r.shape[1] != inputs:
+        unfit("r", f"[E, C={inputs}] (scales of the inputs)", r)
+    members = r.shape[0]
+    if s.dim() != 2 or s.shape[1] != outputs:
+        unfit("s", f"[E, O={outputs}] (scales of the outputs)", s)
+    if s.shape[0] != members:
+        reject(op, "s", f"[E={members}, O={outputs}] to fit r {list(r.shape)}", s)
+    if x.dim() == axes + 3 and x.shape[0] != members:
+        reject(op, "x", f"images of E={members} members (axis 0) to fit r {list(r.shape)}", x)
+    if bias is not None and list(bias.shape) not in ([outputs], [members, outputs]):
+        reject(op, "bias", f"[O={outputs}] or [E={members}, O={outputs}]", bias)
+    if min(output_sizes(x, weight, options)) < 1:
+        around = f"padding {options.padding} and dilation {options.dilation}"
+        reject(op, "x", f"large enough for weight {list(weight.shape)}, {around} to leave a pixel", x)
