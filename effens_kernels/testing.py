@@ -355,3 +355,46 @@ BATCHENSEMBLE_WORKLOADS = (
     BatchEnsembleWorkload(32, 256, (256, 256), model=False),
     BatchEnsembleWorkload(16, 256, (512, 512), model=False),
 )
+
+
+@dataclass(frozen=True)
+class ConvWorkload:
+    """A BatchEnsemble convolution of images of size x size; padding keeps their size at a stride of 1."""
+
+    members: int
+    batch: int
+    inputs: int
+    outputs: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    shared: bool = False
+    channels_last: bool = False
+
+    def __str__(self) -> str:
+        name = f"E{self.members}-B{self.batch}-C{self.inputs}-O{self.outputs}-{self.size}x{self.size}-k{self.kernel}"
+        name += f"-s{self.stride}" * (self.stride > 1) + "-shared" * self.shared
+        return name + "-channels_last" * self.channels_last
+
+    def inputs_for(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> tuple[Tensor, ...]:
+        """Random (x, weight, r, s, bias)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return strided(shape, "contiguous", generator, dtype, device)
+
+        members = 1 if self.shared else self.members
+        x = normal(members * self.batch, self.inputs, self.size, self.size)
+        weight = normal(self.outputs, self.inputs, self.kernel, self.kernel) * (self.inputs * self.kernel**2) ** -0.5
+        if self.channels_last:
+            x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        r, s = (1 + 0.3 * normal(self.members, channels) for channels in (self.inputs, self.outputs))
+        x = x if self.shared else x.unflatten(0, (self.members, self.batch))
+        return x, weight, r, s, 0.1 * normal(self.members, self.outputs)
+
+
+CONV_WORKLOADS = (
+    ConvWorkload(4, 32, 3, 64, 32, shared=True),
+    ConvWorkload(4, 32, 64, 64, 32),
+    ConvWorkload(4, 32, 128, 128, 16),
+)

@@ -1,8 +1,10 @@
 """One file an op: how each contestant computes its workloads.  A new op adds its SUITE here."""
 
-from . import batchensemble, grouped_linear, models
+from . import batchensemble, grouped_linear, models, rank1_conv2d
 from .base import Contestant, NotApplicableError, Problem, Suite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (models.SUITE, grouped_linear.SUITE, batchensemble.SUITE)}
+SUITES: dict[str, Suite] = {
+    suite.name: suite for suite in (models.SUITE, grouped_linear.SUITE, batchensemble.SUITE, rank1_conv2d.SUITE)
+}
 
 __all__ = ["SUITES", "Contestant", "NotApplicableError", "Problem", "Suite"]

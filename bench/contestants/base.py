@@ -155,8 +155,11 @@ class Suite:
     ours: Callable[[Problem], list[Contestant]]
     products: Callable[[Any], list[Product]]
     more_workloads: tuple[Any, ...] = ()  # of the full run
+    plain: Callable[[Problem], Contestant] | None = None  # the limit, where it is not matrix products
 
     def limit(self, problem: Problem) -> Contestant:
+        if self.plain is not None:
+            return self.plain(problem)
         return limit(self.products(problem.workload), problem.dtype, problem.device)
 
     def flops(self, workload: Any) -> tuple[int, int]:
