@@ -38,7 +38,7 @@ build: $(STAMPS)/build  ## set up .venv and build the extension in place
 test: $(STAMPS)/nvcc lint test-cpp test-python  ## lint, C++ unit tests, Python tests
 
 test-python: $(STAMPS)/build emulation
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 test-cpp: $(STAMPS)/cmake
 	cmake --build $(CMAKE_BUILD) --target microkernel_test emulation_test emulation_faults_test $(if $(MAX_JOBS),-j $(MAX_JOBS))

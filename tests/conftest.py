@@ -17,6 +17,9 @@ if not torch.cuda.is_available():
     emulation = Path(__file__).resolve().parent.parent / "build" / "cmake" / "effens_cuda_emulation.so"
     os.environ.setdefault("EFFENS_CUDA_EMULATION", str(emulation))
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores already
+    torch.set_num_threads(1)
+
 from common import RUNNERS, Runner, isas
 
 from effens_kernels import _native
@@ -27,8 +30,15 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.option.seed is None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        config.option.seed = config.workerinput["seed"]
+    elif config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_report_header(config):

@@ -105,7 +105,11 @@ def test_bad_tensors(op, arguments, error, argument, words, backend):
 
 
 @pytest.mark.usefixtures("computing_fails")
-@pytest.mark.parametrize("activation", ["Relu", "sigmoid", "", 1, torch.relu, ["relu"]], ids=repr)
+@pytest.mark.parametrize(
+    "activation",
+    ["Relu", "sigmoid", "", 1, torch.relu, ["relu"]],
+    ids=["case", "other", "empty", "number", "function", "list"],
+)
 def test_unknown_activation(activation):
     with pytest.raises(ValueError, match=r"grouped_linear: activation should be one of None, 'relu', 'gelu'") as raised:
         grouped_linear(*CASE.inputs_for(), activation=activation)

@@ -121,7 +121,11 @@ def test_bad_tensors(arguments, error, argument, words, training, backend):
 @backends
 @pytest.mark.parametrize("name", ["activation", "out_activation"])
 @pytest.mark.parametrize("shared_trunk", [False, True])
-@pytest.mark.parametrize("value", ["Relu", "sigmoid", "", 1, True, torch.relu, ["relu"], {}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    ["Relu", "sigmoid", "", 1, True, torch.relu, ["relu"], {}],
+    ids=lambda a: getattr(a, "__name__", None) or repr(a),
+)
 def test_unknown_activation(value, name, shared_trunk, backend):
     weights = [f(1, H, I), W1] if shared_trunk else W
     with pytest.raises(ValueError, match=rf"ensemble_mlp: {name} should be one of None, 'relu', 'gelu'") as raised:
@@ -129,7 +133,9 @@ def test_unknown_activation(value, name, shared_trunk, backend):
     assert f"got {value!r}" in str(raised.value)
 
 
-@pytest.mark.parametrize("backend", ["CPU", "mkl", "", 1, ["cpu"]], ids=repr)
+@pytest.mark.parametrize(
+    "backend", ["CPU", "mkl", "", 1, ["cpu"]], ids=lambda a: getattr(a, "__name__", None) or repr(a)
+)
 def test_unknown_backend(backend):
     with pytest.raises(ValueError, match="ensemble_mlp: backend should be None or one of 'reference', 'cpu'") as raised:
         ensemble_mlp(X, W, backend=backend)

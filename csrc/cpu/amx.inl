@@ -10,7 +10,7 @@ EFFENS_INLINE void settle_memory(const void* p = nullptr) {
 
 struct AmxTiles {
   using U = uint32_t;
-  static constexpr int most_vectors = 2;
+  static constexpr int most_vectors = 2, most_by_columns = 2;
   static constexpr bool whole_tiles = true;  // writes whole tiles: C always has room for 32 rows
   static constexpr int64_t unit_multiple = tile_words, k_block = 128;
 

@@ -34,7 +34,7 @@ struct Product {
   // tall ones, which take more of each of its cache lines.
   static int64_t panel_vectors(const Gemm& p) {
     const int64_t vectors = max<int64_t>(1, ceil_div(p.n, w));
-    const int64_t most = by_columns(p) ? min(2, Tiles::most_vectors) : Tiles::most_vectors;
+    const int64_t most = by_columns(p) ? Tiles::most_by_columns : Tiles::most_vectors;
     return ceil_div(vectors, ceil_div(vectors, most));
   }
 

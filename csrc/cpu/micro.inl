@@ -127,7 +127,11 @@ static Micro<U> choose_micro(int64_t rows, std::integer_sequence<int, i...>) {
   return table[rows - 1];
 }
 
-template <class U, bool by_rows, int vectors = max_vectors>
+// What is compiled: double is for checking, and where A lies by columns tiles are no wider.
+template <class U, bool by_rows>
+constexpr int widest = by_rows && sizeof(U) == 4 ? max_vectors : 2;
+
+template <class U, bool by_rows, int vectors = widest<U, by_rows>>
 EFFENS_INLINE Micro<U> choose_micro(int64_t rows, int64_t columns) {
   if constexpr (vectors > 1)
     if (columns < vectors) return choose_micro<U, by_rows, vectors - 1>(rows, columns);
@@ -136,7 +140,7 @@ EFFENS_INLINE Micro<U> choose_micro(int64_t rows, int64_t columns) {
 
 template <class U>
 struct RegisterTiles {
-  static constexpr int most_vectors = max_vectors;
+  static constexpr int most_vectors = widest<U, true>, most_by_columns = widest<U, false>;
   static constexpr bool whole_tiles = false;
   static constexpr int64_t unit_multiple = 1, k_block = 384;
 

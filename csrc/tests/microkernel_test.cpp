@@ -98,11 +98,12 @@ struct Array {
   void clear() { std::fill(data, data + layout.extent, poison<T>()); }
   T& operator()(int64_t g, int64_t r, int64_t i, int64_t j) const { return data[layout.at(g, r, i, j)]; }
   cpu::Operand operand() const { return {data + layout.first, layout.batch, layout.reduce, layout.row, layout.col}; }
+  cpu::Scale scale() const { return {data, layout.batch, layout.reduce}; }
   cpu::Output output() const { return {data + layout.first, layout.batch, layout.row, layout.col}; }
 };
 
 struct Rooms {
-  Room a, b, saved, kept, c, z, bias, sums;
+  Room a, b, saved, kept, c, z, bias, sums, a_scale, b_scale, c_scale;
 };
 
 struct Sizes {
@@ -114,7 +115,7 @@ struct Problem {
   Sizes s;
   Gemm gemm;
   bool exact;  // small integers; no function but relu
-  Array<T> a, b, saved, kept, c, z, bias, sums;
+  Array<T> a, b, saved, kept, c, z, bias, sums, a_scale, b_scale, c_scale;
   std::vector<T> before;  // of C and of the row sums, where they are added to
 
   Problem(Rooms& rooms, Random& random, const Sizes& sizes, bool exact) : s(sizes), exact(exact) {
@@ -171,6 +172,23 @@ struct Problem {
       sums.place(rooms.sums, l, random.chance(70));
       gemm.row_sums = sums.data, gemm.row_sums_batch = l.batch;
     }
+    auto scaled = [&](Room& room, Array<T>& array, cpu::Scale& to, int64_t reduces, int64_t length) {
+      Layout l;
+      l.col = 1, l.reduce = random.chance(25) ? 0 : length + random.below(3);
+      l.batch = random.chance(25) ? 0 : reduces * l.reduce + length + random.below(3);
+      const bool none = s.batches * reduces * length == 0;
+      l.extent = none ? 0 : (s.batches - 1) * l.batch + (reduces - 1) * l.reduce + length;
+      array.place(room, l, random.chance(70));
+      for (int64_t g = 0; g < s.batches; ++g)
+        for (int64_t r = 0; r < reduces; ++r)
+          for (int64_t j = 0; j < length; ++j)
+            array(g, r, 0, j) = narrow<T>(exact ? double(random.below(4) - 1) : random.real());
+      to = array.scale();
+    };
+    if (!gemm.row_sums && random.chance(40)) scaled(rooms.a_scale, a_scale, gemm.a_scale, s.reduces, s.k);
+    if (random.chance(30)) scaled(rooms.b_scale, b_scale, gemm.b_scale, s.reduces, s.n);
+    if (!gemm.accumulate && random.chance(40)) scaled(rooms.c_scale, c_scale, gemm.c_scale, 1, s.n);
+    gemm.columns_first = random.chance(30);
     for (int64_t i = 0; gemm.accumulate && i < s.batches * s.m * (s.n + 1); ++i)
       before.push_back(narrow<T>(exact ? double(random.below(7) - 3) : random.real()));
   }
@@ -181,11 +199,12 @@ struct Problem {
   void describe(const Engine& engine, const char* what) const {
     std::snprintf(current, sizeof(current),
                   "%s %s %s: g=%ld r=%ld m=%ld n=%ld k=%ld, A in %s, B in %s, saved in %s, C in %s, activation %d, "
-                  "slope %d, of C %d%s%s%s%s",
+                  "slope %d, of C %d%s%s%s%s%s%s%s",
                   engine.name, std::to_string(int(gemm.dtype)).c_str(), what, long(s.batches), long(s.reduces),
                   long(s.m), long(s.n), long(s.k), a.layout.name, b.layout.name, saved.layout.name, c.layout.name,
                   int(gemm.activation), int(gemm.slope), int(gemm.c_slope), gemm.accumulate ? ", added" : "",
-                  bias.data ? ", bias" : "", z.data ? ", preactivation" : "", sums.data ? ", row sums" : "");
+                  bias.data ? ", bias" : "", z.data ? ", preactivation" : "", sums.data ? ", row sums" : "",
+                  a_scale.data ? ", A scaled" : "", b_scale.data ? ", B scaled" : "", c_scale.data ? ", C scaled" : "");
   }
 
   void clear_results() {
@@ -222,7 +241,8 @@ struct Problem {
   // A' and how far its rounding to T may shift it, as [reduces * k] rows of m.
   void check() {
     const int64_t terms = s.reduces * s.k;
-    const double unit = Traits<T>::accumulation, stored = gemm.slope == Activation::none ? 0 : Traits<T>::eps;
+    const bool transformed = gemm.slope != Activation::none || a_scale.data || b_scale.data;
+    const double unit = Traits<T>::accumulation, stored = (transformed ? Traits<T>::eps : 0) * (b_scale.data ? 2 : 1);
     std::vector<double> left(size_t(s.m * terms)), right(size_t(terms * s.n)), sum(static_cast<size_t>(s.n)), size(sum),
         square(sum);
     for (int64_t g = 0; g < s.batches; ++g) {
@@ -231,9 +251,12 @@ struct Problem {
           for (int64_t i = 0; i < s.m; ++i) {
             double v = widen(a(g, r, i, l));
             if (gemm.slope != Activation::none) v *= slope(gemm.slope, widen(saved(g, r, i, l)));
+            if (a_scale.data) v *= widen(a_scale(g, r, 0, l));
             left[size_t(i * terms + r * s.k + l)] = v;
           }
-          for (int64_t j = 0; j < s.n; ++j) right[size_t((r * s.k + l) * s.n + j)] = widen(b(g, r, l, j));
+          for (int64_t j = 0; j < s.n; ++j)
+            right[size_t((r * s.k + l) * s.n + j)] =
+                widen(b(g, r, l, j)) * (b_scale.data ? widen(b_scale(g, r, 0, j)) : 1);
         }
       for (int64_t i = 0; i < s.m; ++i) {
         std::fill(sum.begin(), sum.end(), 0), size = square = sum;
@@ -252,8 +275,10 @@ struct Problem {
         const double growth = 16 + 2 * std::sqrt(double(terms));
         for (int64_t j = 0; j < s.n; ++j) {
           const double add = bias.data ? widen(bias(g, 0, 0, j)) : gemm.accumulate ? widen(start(g, i, j)) : 0;
-          const double value = sum[size_t(j)] + add;
-          const double allowed = unit * growth * (size[size_t(j)] + 1) + stored * 4 * std::sqrt(square[size_t(j)]);
+          const double by = c_scale.data ? widen(c_scale(g, 0, 0, j)) : 1;
+          const double value = sum[size_t(j)] * by + add;
+          const double allowed = unit * growth * (size[size_t(j)] * std::fabs(by) + 1) +
+                                 stored * 4 * std::sqrt(square[size_t(j)]) * std::fabs(by);
           if (z.data) compare(z, g, i, j, value, allowed, "preactivation");
           const double factor = gemm.c_slope == Activation::none ? 1 : slope(gemm.c_slope, widen(kept(g, 0, i, j)));
           compare(c, g, i, j, activate(gemm.activation, value) * factor, 1.2 * allowed + 8 * unit * std::fabs(value),
@@ -316,6 +341,7 @@ void check_cuts(const Engine& engine, Problem<T>& p, Random& random) {
 template <class T>
 void check_transform(const Engine& engine, Rooms& rooms, Random& random) {
   Problem<T> p(rooms, random, {2, 1, 1 + random.below(70), 3, 1 + random.below(70)}, true);
+  p.gemm.a_scale = {}, p.a_scale.data = nullptr;  // it has none
   p.describe(engine, "transform");
   const int64_t ld = p.s.m + random.below(20), count = p.s.k * ld;
   p.clear_results();
