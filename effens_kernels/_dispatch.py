@@ -32,7 +32,7 @@ _ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
-    "rank1_linear": {"cpu": _ALL_DTYPES},
+    "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "rank1_conv1d": {},  # see `folds_scales`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},

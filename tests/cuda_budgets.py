@@ -21,13 +21,14 @@ HEADER = "| kernel | operands | slope | tile | type | math | threads | shared | 
 TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 MATH = ("fma", "tf32", "half")  # as in csrc/kernels/contract.cuh
 ENTRY = re.compile(
-    r"(?P<name>contract|wgrad)_kernelINS\w*?5BlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
+    r"(?P<name>contract|wgrad|rank1_fwd|rank1_dgrad|rank1_wgrad)_kernelINS\w*?5BlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
     r"Li(?P<m>\d+)ELi(?P<n>\d+)ELb(?P<a>\d)ELb(?P<b>\d)ELb(?P<through>\d)E"
 )
+PLAIN_ENTRY = re.compile(r"(?P<name>add_parts)_kernelI(?P<type>f|6__half|13__nv_bfloat16)E")
 
 
 class Kernel(NamedTuple):
-    name: str  # contract or wgrad
+    name: str
     operands: str  # along which axis A and B are contiguous
     slope: str  # A is a gradient taken through an activation
     tile: str
@@ -35,7 +36,14 @@ class Kernel(NamedTuple):
     math: str
 
     @staticmethod
+    def plain(name: str, type: str) -> Kernel:
+        """One that is no product."""
+        return Kernel(name, "-", "-", "-", type, "-")
+
+    @staticmethod
     def of(mangled: str) -> Kernel | None:
+        if found := PLAIN_ENTRY.search(mangled):
+            return Kernel.plain(found["name"], TYPES[found["type"]])
         found = ENTRY.search(mangled)
         if found is None:
             return None
@@ -98,7 +106,7 @@ def described() -> dict[Kernel, tuple[int, int]]:
             operands = f"{'k' if a else 'm'}, {'k' if b else 'n'}"
             for type in types:
                 kernel = Kernel(name, operands, "yes" if through else "no", f"{side}x{side}", type, math)
-                result[kernel] = threads, shared
+                result[kernel if side else Kernel.plain(name, type)] = threads, shared
     return result
 
 

@@ -8,50 +8,31 @@ these shapes would launch.  Where conftest.py turns the interpreter on, the comp
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton_budgets import SHARED_MEMORY, TYPES, Launch, compile_for, excesses
 
-from effens_kernels.ops import triton_engine as engine  # noqa: E402
-from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation  # noqa: E402
-from effens_kernels.ops.grouped_linear import triton as grouped_linear  # noqa: E402
+from effens_kernels.ops import triton_engine as engine
+from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation
+from effens_kernels.ops.grouped_linear import triton as grouped_linear
+from effens_kernels.ops.rank1_linear import triton as rank1_linear
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may take
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-PARKED = 32  # bytes: ptxas keeps a few values that only the epilogue needs on the stack, for occupancy
-
 
 # ------------------------------------------------------------------------------------------------ what is launched
-
-
-class Launch(NamedTuple):
-    plan: engine.Plan
-    tensors: tuple[torch.Tensor | None, ...]
-
-    @property
-    def name(self) -> str:
-        return self.plan.kernel.fn.__name__.removesuffix("_kernel")
-
-    @property
-    def tile(self) -> engine.Tile:
-        return engine.Tile(*(self.plan.switches[name] for name in engine.Tile._fields))
-
-    def changed(self, **switches: object) -> Launch:
-        return Launch(self.plan._replace(switches={**self.plan.switches, **switches}), self.tensors)
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,9 @@ class Call:
     tf32: bool = False
     weight_inner: bool = False  # stored [E, I, O]
     far: bool = False  # rows of x so far apart that offsets within a tile take 64 bits
-    need: tuple[bool, bool, bool] = field(default=(True, True, True))
+    need: tuple[bool, ...] = field(default=(True, True, True))
+
+    op: ClassVar[ModuleType] = grouped_linear
 
     def __str__(self) -> str:
         words = [
@@ -88,157 +71,47 @@ class Call:
         """(forward, backward) on a GPU of that compute capability."""
         recorded: list[Launch] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grouped_linear, "launch", lambda plan, *tensors: recorded.append(Launch(plan, tensors)))
-            patch.setattr(grouped_linear, "capability", lambda device: capability)
-            patch.setattr(grouped_linear, "precision", lambda dtype: "tf32" if self.tf32 else "ieee")
+            patch.setattr(self.op, "launch", lambda plan, *tensors: recorded.append(Launch(plan, tensors)))
+            patch.setattr(self.op, "capability", lambda device: capability)
+            patch.setattr(self.op, "precision", lambda dtype: "tf32" if self.tf32 else "ieee")
             empty = functools.partial(torch.empty, dtype=self.dtype, device="meta")
-            x = empty((self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs))
-            weight = (
-                empty(self.members, self.inputs, self.outputs).mT
-                if self.weight_inner
-                else empty(self.members, self.outputs, self.inputs)
-            )
-            if self.far:
-                x = torch.empty_strided(x.shape, (1 << 40, 1 << 23, 1), dtype=self.dtype, device="meta")
+            factors = self.factors(empty)
             bias = empty(self.members, self.outputs) if self.bias else None
-            y, z = grouped_linear.fwd(x, weight, bias, self.activation, saves_preactivation(self.activation))
+            y, z = self.op.fwd(*factors, bias, self.activation, saves_preactivation(self.activation))
             forward = len(recorded)
-            saved = {"nothing": x.new_empty(0), "output": y, "preactivation": z}[ACTIVATIONS[self.activation].saves]
-            grads = grouped_linear.bwd(empty(y.shape), x, weight, saved, self.activation, *self.need)
-        for grad, like, needed in zip(grads, (x, weight, bias), self.need, strict=True):
+            saved = {"nothing": empty(0), "output": y, "preactivation": z}[ACTIVATIONS[self.activation].saves]
+            grads = self.op.bwd(empty(y.shape), *factors, saved, self.activation, *self.need)
+        for grad, like, needed in zip(grads, (*factors, bias), self.need, strict=True):
             assert grad.shape == (like.shape if needed else (0,))
         return recorded[:forward], recorded[forward:]
 
+    def factors(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return self.x(empty), self.weight(empty, self.members)
 
-# ------------------------------------------------------------------------------------------------ what it takes
+    def x(self, empty: Callable[..., Tensor]) -> Tensor:
+        x = empty((self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs))
+        return torch.empty_strided(x.shape, (1 << 40, 1 << 23, 1), dtype=x.dtype, device="meta") if self.far else x
 
-
-class Budget(NamedTuple):
-    registers: int
-    stack: int
-    spills_in_loops: int
-    shared_memory: int
-    instructions: dict[str, int]  # of the PTX
-
-
-def specialize(launch: Launch) -> ASTSource:
-    """What Triton's launcher compiles for these arguments: None and 1 become constants, multiples of 16 are marked."""
-    plan = launch.plan
-    values = dict(zip(plan.kernel.arg_names, (*launch.tensors, *plan.scalars))) | plan.switches
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(plan.kernel.params):
-        value, free = values[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (not isinstance(value, torch.Tensor) and value == 1 and not free):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-            continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not free):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(plan.kernel, signature, constants, attributes)
+    def weight(self, empty: Callable[..., Tensor], *members: int) -> Tensor:
+        if self.weight_inner:
+            return empty(*members, self.inputs, self.outputs).mT
+        return empty(*members, self.outputs, self.inputs)
 
 
-_compiled: dict[tuple, Budget] = {}
+@dataclass(frozen=True)
+class Rank1Call(Call):
+    """One forward and backward of rank1_linear."""
 
+    need: tuple[bool, ...] = field(default=(True,) * 5)
 
-def compile_for(launch: Launch, capability: int) -> Budget:
-    source = specialize(launch)
-    options = {name: launch.plan.switches[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    key = source.hash(), capability, *options.values()
-    if key not in _compiled:
-        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        usage = run_tool("cuobjdump", "-res-usage", kernel.asm["cubin"])
-        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage).groups())
-        in_loops = spills_in_loops(run_tool("nvdisasm", "-c", kernel.asm["cubin"])) if stack + local else 0
-        ptx = kernel.asm["ptx"]
-        counts = {
-            name: len(re.findall(pattern, ptx))
-            for name, pattern in (
-                ("mma", r"\bmma\.sync"),
-                ("wgmma", r"\bwgmma\.mma_async"),
-                ("tcgen05", r"\btcgen05\.mma"),
-                ("fma", r"\bfma\.rn(\.\w+)*\.f32"),
-                ("async_copy", r"\bcp\.async\.c"),
-            )
-        }
-        _compiled[key] = Budget(registers, stack + local, in_loops, kernel.metadata.shared, counts)
-    return _compiled[key]
+    op: ClassVar[ModuleType] = rank1_linear
 
+    def __str__(self) -> str:
+        return f"rank1-{super().__str__()}"
 
-def run_tool(name: str, option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-        return subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-
-
-def spills_in_loops(sass: str) -> int:
-    """How many loads and stores of the local stack lie on a cycle of the control flow."""
-    names, after, spills, block = {}, [set()], [0], 0  # block names; successors (names or numbers) and spills by block
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_\w+):", line)
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z0-9_]+)(.*);", line)
-        target = re.search(r"`\((\.L_\w+)\)", line) if instruction else None
-        if instruction and instruction[2] in ("LDL", "STL"):
-            spills[block] += 1
-        ends = instruction and instruction[2] in ("BRA", "EXIT") and not instruction[1] and "P" not in instruction[3]
-        if target:
-            after[block].add(target[1])
-        if label or target or ends:
-            after, spills, block = [*after, set()], [*spills, 0], block + 1
-            if not ends:
-                after[block - 1].add(block)
-        if label:
-            names[label[1]] = block
-
-    def returns(start: int) -> bool:
-        seen, pending = set(), [start]
-        while pending:
-            for successor in after[pending.pop()]:
-                number = names.get(successor, successor)
-                if number == start:
-                    return True
-                if number not in seen and isinstance(number, int):
-                    seen.add(number)
-                    pending.append(number)
-        return False
-
-    return sum(count for block, count in enumerate(spills) if count and returns(block))
-
-
-def excesses(launch: Launch, capability: int) -> list[str]:
-    """What this launch takes too much of, or lacks; prints its budget."""
-    budget, tile = compile_for(launch, capability), launch.tile
-    tensor = launch.tensors[0]
-    computes = launch.name != "grouped_linear_wgrad" or launch.tensors[3] is not None
-    print(
-        f"{launch.name:22} sm_{capability} {TYPES[tensor.dtype]} {launch.plan.switches['PRECISION']} "
-        f"{launch.plan.switches['ACTIVATION']!s:5} tile {tile.BLOCK_M:3}x{tile.BLOCK_N:3}x{tile.BLOCK_K:3} "
-        f"warps {tile.num_warps} stages {tile.num_stages} | registers {budget.registers:3} stack {budget.stack:2} "
-        f"shared {budget.shared_memory >> 10:3} KB | "
-        + " ".join(f"{name} {count}" for name, count in budget.instructions.items() if count)
-    )
-    found = []
-    if budget.spills_in_loops or budget.stack > PARKED:
-        found.append(f"spills: {budget.spills_in_loops} in loops, {budget.stack} bytes of stack")
-    if budget.registers > 255:
-        found.append(f"{budget.registers} registers")
-    if budget.shared_memory > SHARED_MEMORY[capability]:
-        found.append(f"{budget.shared_memory} bytes of shared memory")
-    tensor_cores = {"mma": 80, "wgmma": 90, "tcgen05": 100}
-    used = {name for name in tensor_cores if budget.instructions[name]}
-    if tensor.dtype == torch.float32 and launch.plan.switches["PRECISION"] == "ieee":
-        if used:
-            found.append(f"float32 goes through {used}")
-    elif computes:
-        # Below 64 rows neither wgmma nor tcgen05 applies.
-        wanted = {90: "wgmma", 100: "tcgen05"}.get(capability, "mma") if tile.BLOCK_M >= 64 else "mma"
-        if wanted not in used:
-            found.append(f"no {wanted}, but {used or 'no tensor core instruction'}")
-    return [f"{launch.name} {tile} on sm_{capability}: {problem}" for problem in found]
+    def factors(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        scales = empty(self.members, self.inputs), empty(self.members, self.outputs)
+        return self.x(empty), self.weight(empty), *scales
 
 
 # ------------------------------------------------------------------------------------------------ tests
@@ -256,8 +129,15 @@ SHARED = Call(20, 4096, 512, 80, shared=True)
 FLOAT, HALF = torch.float32, torch.float16
 
 
+ALL_BUT_X, ALL_BUT_BIAS, ONLY_X = (False, *[True] * 4), (*[True] * 4, False), (True, *[False] * 4)  # of rank1_linear
+
+
 def calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) -> list[tuple[int, Call]]:
     return [(capability, Call(*size, **options)) for size in sizes]
+
+
+def rank1_calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) -> list[tuple[int, Call]]:
+    return [(capability, Rank1Call(*size, **options)) for size in sizes]
 
 
 CALLS = [
@@ -284,6 +164,15 @@ CALLS = [
     *(pair for c in (80, 100) for pair in calls(c, LARGE, dtype=FLOAT, tf32=True, activation="relu")),
     *(pair for c in (86, 120) for pair in calls(c, LARGE, activation="relu")),  # less shared memory
     (80, SHARED),
+    *rank1_calls(90, (32, 1024, 1024, 1024)),
+    *rank1_calls(90, (32, 1024, 1024, 1024), activation=None, shared=True, need=ALL_BUT_BIAS),
+    *rank1_calls(90, (96, 100, 1024, 1024), activation="relu", need=ONLY_X),  # few rows: all members make one product
+    *rank1_calls(90, (31, 101, 1023, 1021), activation="tanh"),
+    *rank1_calls(90, (32, 1024, 512, 512), dtype=FLOAT, activation="relu", shared=True),
+    *rank1_calls(90, (32, 1024, 512, 512), dtype=FLOAT, tf32=True, activation="relu", need=ALL_BUT_X),
+    *rank1_calls(90, (3, 5, 1, 7), dtype=HALF, activation="silu", bias=False, weight_inner=True, need=ALL_BUT_BIAS),
+    *(pair for c in (80, 100) for pair in rank1_calls(c, (32, 1024, 1024, 1024))),
+    *rank1_calls(80, (96, 100, 1024, 1024), activation=None, shared=True, need=ONLY_X),
 ]
 
 
@@ -329,8 +218,9 @@ def test_every_tile_of_the_table_is_compiled(kind: str) -> None:
         if capability == 90 and call.dtype == dtype and not call.tf32
         for launches in call.launches(capability)
         for launch in launches
+        if "BLOCK_M" in launch.plan.switches
     }
-    assert launched == {(tile.BLOCK_M, tile.BLOCK_N) for tile in engine.TILES[kind]}
+    assert launched == {(tile.BLOCK_M, tile.BLOCK_N) for tile in engine.TWICE[kind] + engine.TILES[kind]}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -346,11 +236,39 @@ def test_launches(shared: bool, activation: str | None) -> None:
             assert max(a.numel() for a in launch.tensors if a is not None) <= largest
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_launches_of_rank1_linear(shared: bool, activation: str | None) -> None:
+    """One launch forward and three backward, at most; x comes as it is and no G_e is written."""
+    members, batch, inputs, outputs = 7, 65, 200, 100
+    for need in itertools.product((True, False), repeat=5):
+        call = Rank1Call(members, batch, inputs, outputs, shared=shared, activation=activation, need=need)
+        forward, backward = call.launches(90)
+        assert [launch.name for launch in forward] == ["rank1_linear_fwd"]
+        sums = any(need[1:]) + any(need[1:4])  # db alone has no parts
+        assert len(backward) == need[0] + sums
+        for launch in forward + backward:
+            for tensor in launch.tensors:
+                assert tensor is None or tensor.numel() < members * outputs * inputs
+                assert tensor is None or tensor.shape != (members, batch, inputs) or not shared
+
+
+def test_parts_are_bounded() -> None:
+    """Groups of members are as few as fill the GPU, so that the parts of dW are no larger than its tiles together."""
+    for members, width in ((512, 64), (512, 1024), (3, 1024), (64, 8192)):
+        _, (_, wgrad, _) = Rank1Call(members, 128, width, width).launches(90)
+        tile, (dw, dr, ds) = wgrad.tile, wgrad.tensors[6:9]
+        assert dw.numel() <= max(width * width, 2 * engine.fill(90) * tile.BLOCK_M * tile.BLOCK_N)
+        assert dr.numel() <= members * width * -(-width // tile.BLOCK_M)
+        assert ds.numel() <= members * width * -(-width // tile.BLOCK_N)
+
+
+@pytest.mark.parametrize("kind", [Call, Rank1Call])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_no_empty_grid(capability: int) -> None:
+def test_no_empty_grid(capability: int, kind: type[Call]) -> None:
     for sizes in ((0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)):
         for shared in (False, True):
-            for launches in Call(*sizes, shared=shared).launches(capability):
+            for launches in kind(*sizes, shared=shared).launches(capability):
                 assert all(launch.plan.programs > 0 for launch in launches)
 
 

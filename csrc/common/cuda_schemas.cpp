@@ -11,4 +11,11 @@ STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
   m.def(
       "grouped_linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor saved, int activation, bool need_x, "
       "bool need_weight, bool need_bias, bool tf32, int tile=-1) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rank1_linear_fwd(Tensor x, Tensor weight, Tensor r, Tensor s, Tensor? bias, int activation, "
+      "bool save_preactivation, bool tf32, int tile=-1) -> (Tensor, Tensor)");
+  m.def(
+      "rank1_linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor r, Tensor s, Tensor saved, int activation, "
+      "bool need_x, bool need_weight, bool need_r, bool need_s, bool need_bias, bool tf32, int tile=-1, int parts=0) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

@@ -23,22 +23,29 @@ inline int32_t dtype_code(const Tensor& t) {
   return code;
 }
 
-inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, const Tensor& like) {
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, const Tensor& like,
+                            int32_t dtype) {
   AtenTensorHandle handle = nullptr;
   int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype_code(like), device_type, like.get_device_index(), &handle));
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-// A contiguous tensor of `like`'s dtype and device.
+// A contiguous tensor on `like`'s device.
 template <size_t n>
-Tensor empty(const std::array<int64_t, n>& sizes, const Tensor& like) {
+Tensor empty(const std::array<int64_t, n>& sizes, const Tensor& like, int32_t dtype) {
   std::array<int64_t, n> strides;
   int64_t stride = 1;
   for (size_t i = n; i-- > 0; stride *= sizes[i] > 1 ? sizes[i] : 1) strides[i] = stride;
-  return empty_strided(n, sizes.data(), strides.data(), like);
+  return empty_strided(n, sizes.data(), strides.data(), like, dtype);
+}
+
+// And of its dtype.
+template <size_t n>
+Tensor empty(const std::array<int64_t, n>& sizes, const Tensor& like) {
+  return empty<n>(sizes, like, dtype_code(like));
 }
 
 }  // namespace effens

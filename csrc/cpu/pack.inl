@@ -119,12 +119,49 @@ static void mask_bits(const T* src, int64_t src_outer, const T* saved, int64_t s
   }
 }
 
+#if defined(EFFENS_HAS_BF16)
+// The same for rows of bfloat16 and scale[j], 32 columns at a time: as floats, the even ones and the odd ones.
+template <Activation slope>
+static void scale_rows(const bf16* src, int64_t src_outer, const bf16* saved, int64_t saved_outer, int64_t outer,
+                       int64_t inner, bf16* dst, int64_t ld, const bf16* scale) {
+  constexpr int64_t w = 32;
+  const __m512i odd = _mm512_set1_epi32(int(0xffff0000u));
+  vec<uint16_t> order;  // of the even columns' halves, then the odd ones'
+  for (int l = 0; l < w; ++l) order[l] = uint16_t(l / 2 + l % 2 * 16);
+  for (int64_t j = 0; j < inner; j += w) {
+    const __mmask32 mask = inner - j < w ? (1u << (inner - j)) - 1 : ~0u;
+    const __m512i by = _mm512_maskz_loadu_epi16(mask, scale + j);
+    const __m512 by_even = _mm512_castsi512_ps(_mm512_slli_epi32(by, 16));
+    const __m512 by_odd = _mm512_castsi512_ps(_mm512_and_si512(by, odd));
+    for (int64_t i = 0; i < outer; ++i) {
+      __m512i v = _mm512_maskz_loadu_epi16(mask, src + i * src_outer + j);
+      if constexpr (slope == Activation::relu) {  // as in mask_bits
+        const __m512i at = _mm512_maskz_loadu_epi16(mask, saved + i * saved_outer + j);
+        const __mmask32 zero = _mm512_testn_epi16_mask(at, at);
+        const __mmask32 negative = _mm512_cmple_epu16_mask(_mm512_sub_epi16(at, _mm512_set1_epi16(short(0x8000))),
+                                                           _mm512_set1_epi16(bf16::infinity));
+        v = _mm512_maskz_mov_epi16(~(zero | negative), v);
+      }
+      const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), by_even);
+      const __m512 odds = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(v, odd)), by_odd);
+      const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odds, even));
+      _mm512_mask_storeu_epi16(dst + i * ld + j, mask, _mm512_permutexvar_epi16(bit_cast<__m512i>(order), halves));
+    }
+  }
+}
+#endif
+
 template <Activation slope, class D, class T>
 static void transform(const T* src, int64_t src_outer, int64_t src_inner, const T* saved, int64_t saved_outer,
                       int64_t saved_inner, int64_t outer, int64_t inner, D* dst, int64_t ld, Compute<T>* sums,
                       bool sum_inner, const T* scale) {
   const bool straight = src_inner == 1 && (slope == Activation::none || saved_inner == 1);
   if (scale) {
+#if defined(EFFENS_HAS_BF16)
+    if constexpr (is_bf16<T> && is_bf16<D> && (slope == Activation::none || slope == Activation::relu))
+      if (straight && sum_inner)
+        return scale_rows<slope>(src, src_outer, saved, saved_outer, outer, inner, dst, ld, scale);
+#endif
     const auto run = straight ? transform_scaled<slope, true, D, T> : transform_scaled<slope, false, D, T>;
     return run(src, src_outer, src_inner, saved, saved_outer, saved_inner, outer, inner, dst, ld, scale, sum_inner);
   }

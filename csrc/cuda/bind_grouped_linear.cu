@@ -120,34 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
   return {grad_x, grad_weight, grad_bias};
 }
 
-#if !defined(EFFENS_EMULATION)
-// Why the kernels do not run on the current GPU: its architecture, the driver; empty if they do.
-std::string cuda_why_not() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, device::any_kernel());
-  cudaGetLastError();
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
-}
-
-std::string cuda_kernels(std::string math) {
-  if (math == "fma") return device::describe_grouped_linear<float, Math::fma>();
-  if (math == "tf32") return device::describe_grouped_linear<float, Math::tf32>();
-  STD_TORCH_CHECK(math == "half", "cuda_kernels: math should be fma, tf32 or half, got ", math);
-  return device::describe_grouped_linear<device::half_t, Math::half>();
-}
-#endif
-
 }  // namespace
 }  // namespace effens::cuda
 
 // The schemas are in csrc/common/cuda_schemas.cpp, so that they are there in every build.
-#if !defined(EFFENS_EMULATION)
-STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, CompositeExplicitAutograd, m) {
-  m.impl("cuda_kernels", TORCH_BOX(&effens::cuda::cuda_kernels));
-  m.impl("cuda_why_not", TORCH_BOX(&effens::cuda::cuda_why_not));
-}
-#endif
-
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, EFFENS_CUDA_KEY, m) {
   m.impl("grouped_linear_fwd", TORCH_BOX(&effens::cuda::grouped_linear_fwd));
   m.impl("grouped_linear_bwd", TORCH_BOX(&effens::cuda::grouped_linear_bwd));

@@ -55,6 +55,11 @@ inline half_t from_float<half_t>(float v) {
   return {uint16_t(sign | ((rest - ((127 - 15) << 23) + 0xfff + (rest >> 13 & 1)) >> 13))};
 }
 
+template <class T, int N>
+void multiply(Vector<T, N>& v, const Vector<T, N>& by) {
+  for (int i = 0; i < N; ++i) v[i] = from_float<T>(to_float(v[i]) * to_float(by[i]));
+}
+
 // cvt.rna.tf32.f32: 10 bits of mantissa, ties away from zero.
 inline uint32_t to_tf32(float v) {
   const uint32_t bits = bit_cast<uint32_t>(v);

@@ -1,4 +1,4 @@
-// The two kernels that every op is made of.
+// The two kernels that every op is made of, and the pipeline that others share with them.
 //
 //   contract   c[m, n] = sum_k a[m, k] b[n, k]  for each member; summed over `summands` pairs of matrices as well
 //   wgrad      the same, and the sums over k of the rows of A
@@ -28,11 +28,11 @@ struct Product {
   Activation slope = Activation::none;
 };
 
-// How many large blocks the shared memory of a multiprocessor has room for.
+// How many large blocks the shared memory of a multiprocessor has room for, and how much of it one block can have.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int large_blocks = 1;
+constexpr int large_blocks = 1, most_shared = 163 << 10;
 #else
-constexpr int large_blocks = 2;
+constexpr int large_blocks = 2, most_shared = 227 << 10;
 #endif
 
 // Everything that is fixed when compiling: the tile, who computes it and how.
@@ -50,12 +50,14 @@ struct Block {
 
   using TileA = Tile<T, M, K, a_along_k, threads>;
   using TileB = Tile<T, N, K, b_along_k, threads>;
-  static constexpr int saved_at = TileA::bytes, b_at = saved_at + (through ? TileA::bytes : 0);
-  static constexpr int stage_bytes = b_at + TileB::bytes;
+  static constexpr int b_at = TileA::bytes, stage_bytes = b_at + TileB::bytes;
+  static constexpr int saved_at = stages * stage_bytes, saved_bytes = stages * TileA::bytes;
 
   // The finished tile goes through the same memory, for stores of whole lines.
   static constexpr int c_row = N + 8, c_bytes = M * c_row * 4;
-  static constexpr int shared_bytes = stages * stage_bytes > c_bytes ? stages * stage_bytes : c_bytes;
+  static constexpr int shared_without_saved = saved_at > c_bytes ? saved_at : c_bytes;
+  static constexpr int shared_with_saved = saved_at + saved_bytes > c_bytes ? saved_at + saved_bytes : c_bytes;
+  static constexpr int shared_bytes = through ? shared_with_saved : shared_without_saved;
 
   static constexpr int warps_down = 2, warps_across = threads / 64;
   using Fma = FmaCore<M, N, K, small ? 4 : 8, large ? 8 : 4, TileA, TileB, a_along_k, b_along_k>;
@@ -80,73 +82,111 @@ struct Place {
   }
 };
 
-template <class Block, bool sums>
-__device__ __forceinline__ void product(const Product<typename Block::T>& p) {
+// What one tile of C is the sum of: k from k_begin to k_end of each of `summands` pairs of matrices.
+template <class T>
+struct Terms {
+  Global<const T> a, saved, b;  // of the first summand
+  int summands, k_begin, k_end;
+};
+
+// Adds up the terms of the tile at (m, n).  prepare(tile of A, of `saved`) is for what the thread itself has fetched of
+// them, just before the others see it; then(tile of A) follows each step of the core.
+template <class Block, class Prepare, class Then>
+__device__ __forceinline__ void add_up(typename Block::Core& core, const Product<typename Block::T>& p,
+                                       const Terms<typename Block::T>& terms, int m, int n, bool through,
+                                       Prepare prepare, Then then) {
   using T = typename Block::T;
   using TileA = typename Block::TileA;
   using TileB = typename Block::TileB;
-  constexpr int M = Block::M, N = Block::N, K = Block::K, stages = Block::stages, threads = Block::threads;
-  const Place place((p.m + M - 1) / M, max((p.n + N - 1) / N, 1));
-  const int m = place.m * M, n = place.n * N;
+  constexpr int K = Block::K, stages = Block::stages;
   auto a_tile = [](int stage) { return dynamic_shared<T>(stage * Block::stage_bytes, TileA::size); };
-  auto saved_tile = [](int stage) {
-    return dynamic_shared<T>(stage * Block::stage_bytes + Block::saved_at, TileA::size);
-  };
+  auto saved_tile = [](int stage) { return dynamic_shared<T>(Block::saved_at + stage * TileA::bytes, TileA::size); };
   auto b_tile = [](int stage) { return dynamic_shared<T>(stage * Block::stage_bytes + Block::b_at, TileB::size); };
 
-  const Global<const T> a = p.a.data + place.member * p.a.batch, b = p.b.data + place.member * p.b.batch;
-  const Global<const T> saved = p.saved.data + place.member * p.saved.batch;
-  const int steps = p.summands * ((p.k + K - 1) / K);
-  int fetched = 0, summand = 0, k = 0;
+  const int steps = terms.summands * ((terms.k_end - terms.k_begin + K - 1) / K);
+  Global<const T> a = terms.a, saved = terms.saved, b = terms.b;
+  int fetched = 0, k = terms.k_begin;
   auto fetch = [&](int stage) {
     if (fetched < steps) {
-      TileA::fetch(a_tile(stage), p.a, a + summand * p.a.reduce, m, p.m, k, p.k);
-      if constexpr (Block::through)
-        TileA::fetch(saved_tile(stage), p.saved, saved + summand * p.saved.reduce, m, p.m, k, p.k);
-      TileB::fetch(b_tile(stage), p.b, b + summand * p.b.reduce, n, p.n, k, p.k);
+      TileA::fetch(a_tile(stage), p.a, a, m, p.m, k, terms.k_end);
+      if (through) TileA::fetch(saved_tile(stage), p.saved, saved, m, p.m, k, terms.k_end);
+      TileB::fetch(b_tile(stage), p.b, b, n, p.n, k, terms.k_end);
       ++fetched, k += K;
-      if (k >= p.k) k = 0, ++summand;
+      if (k >= terms.k_end) k = terms.k_begin, a += p.a.reduce, saved += p.saved.reduce, b += p.b.reduce;
     }
     cp_async_commit();  // an empty group at the end, so that waiting counts the same
   };
 
-  typename Block::Core core;
-  float row_sum = 0.0f;
-  const bool sums_here = sums && p.row_sums != nullptr && place.n == 0 && int(threadIdx.x) < M;
 #pragma unroll
   for (int stage = 0; stage < stages - 1; ++stage) fetch(stage);
   int now = 0, next = stages - 1;
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<stages - 2>();
-    if constexpr (Block::through) {
-      const Activation slope = p.slope;
-      TileA::transform(a_tile(now), saved_tile(now),
-                       [slope](auto& grad, const auto& by) { through_activation(slope, grad, by); });
-    }
+    prepare(a_tile(now), through ? saved_tile(now) : Shared<T>());
     __syncthreads();  // all have brought their parts of `now`, and are done with the tile that `next` overwrites
     fetch(next);
     core.step(a_tile(now), b_tile(now));
-    if constexpr (sums) {
-      if (sums_here) {
-        const Shared<const T> column = a_tile(now) + TileA::offset(int(threadIdx.x), 0);
-        float more = 0.0f;
-#pragma unroll 8
-        for (int i = 0; i < K; ++i) more += to_float(column[TileA::offset(0, i)]);
-        row_sum += more;
-      }
-    }
+    then(a_tile(now));
     now = now + 1 == stages ? 0 : now + 1, next = next + 1 == stages ? 0 : next + 1;
   }
-  if constexpr (sums) {
-    const int line = m + int(threadIdx.x);
-    if (sums_here && line < p.m) p.row_sums[int64_t(place.member) * p.m + line] = from_float<T>(row_sum);
-  }
+}
+
+// Stores what the core has added up, by way of the memory that the tiles have passed through.
+template <class Block, bool scaled>
+__device__ __forceinline__ void finish(const typename Block::Core& core, const Product<typename Block::T>& p,
+                                       int member, int m, int n) {
   cp_async_wait<0>();
   __syncthreads();
-  const Shared<float> c = dynamic_shared<float>(0, M * Block::c_row);
+  const Shared<float> c = dynamic_shared<float>(0, Block::M * Block::c_row);
   core.put(c, Block::c_row);
   __syncthreads();
-  p.c.template store_tile<M, N, threads>(c, Block::c_row, place.member, m, p.m, n, p.n);
+  p.c.template store_tile<Block::M, Block::N, Block::threads, scaled>(c, Block::c_row, member, m, p.m, n, p.n);
+}
+
+// Of a tile of A that lies by k: the sum over k of this thread's row.
+template <class Block>
+__device__ __forceinline__ float row_sum(Shared<const typename Block::T> a_tile) {
+  using TileA = typename Block::TileA;
+  const Shared<const typename Block::T> column = a_tile + TileA::offset(int(threadIdx.x), 0);
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int i = 0; i < Block::K; ++i) sum += to_float(column[TileA::offset(0, i)]);
+  return sum;
+}
+
+template <class Block, bool sums>
+__device__ __forceinline__ void product(const Product<typename Block::T>& p) {
+  using T = typename Block::T;
+  using TileA = typename Block::TileA;
+  constexpr int M = Block::M, N = Block::N;
+  const Place place((p.m + M - 1) / M, max((p.n + N - 1) / N, 1));
+  const int m = place.m * M, n = place.n * N;
+  const Terms<T> terms{p.a.data + place.member * p.a.batch,
+                       p.saved.data + place.member * p.saved.batch,
+                       p.b.data + place.member * p.b.batch,
+                       p.summands,
+                       0,
+                       p.k};
+  typename Block::Core core;
+  float sum = 0.0f;
+  const bool sums_here = sums && p.row_sums != nullptr && place.n == 0 && int(threadIdx.x) < M;
+  auto prepare = [&](Shared<T> a_tile, Shared<T> saved_tile) {
+    if constexpr (Block::through) {
+      const Activation slope = p.slope;
+      TileA::transform(a_tile, saved_tile,
+                       [slope](auto& grad, const auto& by) { through_activation(slope, grad, by); });
+    }
+  };
+  add_up<Block>(core, p, terms, m, n, Block::through, prepare, [&](Shared<T> a_tile) {
+    if constexpr (sums) {
+      if (sums_here) sum += row_sum<Block>(a_tile);
+    }
+  });
+  if constexpr (sums) {
+    const int line = m + int(threadIdx.x);
+    if (sums_here && line < p.m) p.row_sums[int64_t(place.member) * p.m + line] = from_float<T>(sum);
+  }
+  finish<Block, false>(core, p, place.member, m, n);
 }
 
 template <class Block>

@@ -13,6 +13,17 @@ struct FmaCore {
 
   float c[TM][TN] = {};
 
+  // Which elements of C a thread has: at(i, j) is in row row(i) and column column(j), and `together` columns, from
+  // multiples of it on, are neighbors.  Threads with the same rows are neighboring lanes of one warp.
+  static constexpr int rows = TM, columns = TN, together = b_along_k ? 1 : 4;
+  static constexpr int lanes_across = across, warps_across = 1, warps_down = threads / 32;
+  static_assert(32 % across == 0);
+  static __device__ __forceinline__ int row(int i) { return line<a_along_k, down>(int(threadIdx.x) / across, i); }
+  static __device__ __forceinline__ int column(int j) { return line<b_along_k, across>(int(threadIdx.x) % across, j); }
+  static __device__ __forceinline__ int warp_across() { return 0; }
+  static __device__ __forceinline__ int warp_down() { return int(threadIdx.x) / 32; }
+  __device__ __forceinline__ float& at(int i, int j) { return c[i][j]; }
+
   // The line that value i of thread `t` of `count` belongs to: neighbors in groups of four where they are neighbors in
   // shared memory, else such that the threads of a warp read different banks.
   template <bool along_k, int count>

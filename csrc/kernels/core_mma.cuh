@@ -20,6 +20,15 @@ struct MmaFragments {
   static __device__ __forceinline__ int first_m() { return int(threadIdx.x) / 32 / ACROSS * warp_m; }
   static __device__ __forceinline__ int first_n() { return int(threadIdx.x) / 32 % ACROSS * warp_n; }
 
+  // As in core_fma.cuh.
+  static constexpr int rows = 2 * MM, columns = 2 * NN, together = 2;
+  static constexpr int lanes_across = 4, warps_across = ACROSS, warps_down = DOWN;
+  static __device__ __forceinline__ int row(int i) { return first_m() + lane() / 4 + i / 2 * 16 + i % 2 * 8; }
+  static __device__ __forceinline__ int column(int j) { return first_n() + lane() % 4 * 2 + j / 2 * 8 + j % 2; }
+  static __device__ __forceinline__ int warp_across() { return int(threadIdx.x) / 32 % ACROSS; }
+  static __device__ __forceinline__ int warp_down() { return int(threadIdx.x) / 32 / ACROSS; }
+  __device__ __forceinline__ float& at(int i, int j) { return c[i / 2][j / 2][i % 2 * 2 + j % 2]; }
+
   __device__ __forceinline__ void put(Shared<float> tile, int row) const {
     const int m = first_m() + lane() / 4, n = first_n() + lane() % 4 * 2;
 #pragma unroll

@@ -8,7 +8,7 @@
 //                                  last element; of what several launches write, until check_written
 //   dynamic_shared<T>, EFFENS_SHARED  memory of the block
 //   Vector<T, N>, load<N>, store   one access of N elements, aligned to its size
-//   half_t, bfloat16_t             to_float, from_float<T>, to_tf32, bit_cast<T>
+//   half_t, bfloat16_t             to_float, from_float<T>, to_tf32, bit_cast<T>, multiply (of vectors)
 //   cp_async<Bytes>, cp_async_commit, cp_async_wait<N>
 //   ldmatrix_x2, _x4, _x2_trans, _x4_trans, mma_m16n8k16, mma_m16n8k8_tf32
 //   launch, stream_t
@@ -98,6 +98,29 @@ __device__ __forceinline__ half_t from_float<half_t>(float v) {
 template <>
 __device__ __forceinline__ bfloat16_t from_float<bfloat16_t>(float v) {
   return __float2bfloat16_rn(v);
+}
+
+// Rounded once, as the product of floats is that holds it exactly; two at a time in 16 bits.
+template <int N>
+__device__ __forceinline__ void multiply(Vector<float, N>& v, const Vector<float, N>& by) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] *= by[i];
+}
+template <int N>
+__device__ __forceinline__ void multiply(Vector<half_t, N>& v, const Vector<half_t, N>& by) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const __half2 two = __hmul2(__half2(v[i], v[i + 1]), __half2(by[i], by[i + 1]));
+    v[i] = two.x, v[i + 1] = two.y;
+  }
+}
+template <int N>
+__device__ __forceinline__ void multiply(Vector<bfloat16_t, N>& v, const Vector<bfloat16_t, N>& by) {
+#pragma unroll
+  for (int i = 0; i < N; i += 2) {
+    const __nv_bfloat162 two = __hmul2(__nv_bfloat162(v[i], v[i + 1]), __nv_bfloat162(by[i], by[i + 1]));
+    v[i] = two.x, v[i + 1] = two.y;
+  }
 }
 
 }  // namespace effens::device

@@ -14,6 +14,14 @@ struct Operand {
   bool vectors = false;  // the elements next to each other in memory come 16 aligned bytes at a time
 };
 
+// A vector per member, contiguous: element i of member e is  data[e * batch + i].
+template <class T>
+struct Scale {
+  Global<const T> data{};
+  int64_t batch = 0;
+  bool vectors = false;  // whole groups of 16 bytes, at aligned places
+};
+
 // A tile of `lines` x `depth` elements (lines x reduction), as the threads of a block fetch it.  It keeps the order of
 // memory: along_k says that elements of one line are neighbors there, else those of one k.
 template <class T, int lines, int depth, bool along_k, int threads>
@@ -29,6 +37,9 @@ struct Tile {
   static constexpr int pass = threads / chunks_per_row;
   static_assert(pass * chunks_per_row == threads && rows % pass == 0, "the threads should share the tile evenly");
 
+  // Where in its rows this thread's chunks begin.
+  static __device__ __forceinline__ int own_column() { return int(threadIdx.x) % chunks_per_row * per_chunk; }
+
   static __device__ __forceinline__ int offset(int line, int k) { return along_k ? line * row + k : k * row + line; }
 
   // Starts fetching the tile that begins at (line, k) of `matrix`, with zeros from line_end and k_end on.
@@ -37,7 +48,7 @@ struct Tile {
     const int64_t down = along_k ? from.row : from.col, along = along_k ? from.col : from.row;
     const int first_row = along_k ? line : k, first_column = along_k ? k : line;
     const int row_end = along_k ? line_end : k_end, column_end = along_k ? k_end : line_end;
-    const int r = int(threadIdx.x) / chunks_per_row, c = int(threadIdx.x) % chunks_per_row * per_chunk;
+    const int r = int(threadIdx.x) / chunks_per_row, c = own_column();
     const int rows_left = row_end - first_row - r;
     const int valid = min(max(column_end - first_column - c, 0), per_chunk);  // elements of a chunk that exist
     Shared<T> to = tile + (r * row + c);
@@ -62,11 +73,22 @@ struct Tile {
     }
   }
 
-  // f(values, others) on each chunk of the tile and of `other`, by the thread that has fetched both, and so before the
-  // block's barrier.
+  // f(values) on each chunk of the tile, by the thread that has fetched it, and so before the block's barrier.
+  template <class F>
+  static __device__ __forceinline__ void transform(Shared<T> tile, F f) {
+    const int at = int(threadIdx.x) / chunks_per_row * row + own_column();
+#pragma unroll 1
+    for (int i = 0; i < rows; i += pass) {
+      Vector<T, per_chunk> values = load<per_chunk>(tile + (at + i * row));
+      f(values);
+      store(tile + (at + i * row), values);
+    }
+  }
+
+  // f(values, others) on each chunk of the tile and of `other`, by the thread that has fetched both.
   template <class F>
   static __device__ __forceinline__ void transform(Shared<T> tile, Shared<T> other, F f) {
-    const int at = int(threadIdx.x) / chunks_per_row * row + int(threadIdx.x) % chunks_per_row * per_chunk;
+    const int at = int(threadIdx.x) / chunks_per_row * row + own_column();
 #pragma unroll 1
     for (int i = 0; i < rows; i += pass) {
       Vector<T, per_chunk> values = load<per_chunk>(tile + (at + i * row));

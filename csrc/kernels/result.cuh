@@ -1,17 +1,18 @@
-// What becomes of a product: bias, activation, and where it is stored.
+// What becomes of a product: scale, bias, activation, and where it is stored.
 #pragma once
 
 #include "activation.cuh"
 
 namespace effens::device {
 
-// y[m, n] = act(c[m, n] + bias[n]) at  y + member * batch + m * row + n * col, and z, if wanted, the same without act.
+// y[m, n] = act(c[m, n] scale[n] + bias[n]) at  y + member * batch + m * row + n * col, and z, if wanted, the same
+// without act.
 template <class T>
 struct Result {
   Global<T> y{}, z{};
   int64_t batch = 0, row = 0, col = 1;
-  Global<const T> bias{};
-  int64_t bias_batch = 0;
+  Global<const T> bias{}, scale{};  // scale: in kernels that are `scaled`
+  int64_t bias_batch = 0, scale_batch = 0;
   Activation activation = Activation::none;
   // Where the columns of all members lie side by side in one product: how many a member has, and how far apart in y
   // they begin.  The bias then is one contiguous vector.
@@ -20,20 +21,16 @@ struct Result {
   bool vectors = false;  // whole groups of 16 bytes, at aligned places
 
   // Of an M x N tile of float32 values [M, tile_row] that begins at (m, n), what lies before m_end and n_end.
-  template <int M, int N, int threads>
+  template <int M, int N, int threads, bool scaled>
   __device__ __forceinline__ void store_tile(Shared<const float> tile, int tile_row, int member, int m, int m_end,
                                              int n, int n_end) const {
     constexpr int width = 16 / int(sizeof(T)), across = N / width;
     static_assert(threads % across == 0 && M % (threads / across) == 0);  // a thread stays in its columns
     const int c = int(threadIdx.x) % across * width, valid = min(n_end - n - c, width);
     if (valid <= 0) return;
-    float add[width] = {};
-    if (bias != nullptr) {
-      const Global<const T> from = bias + (member * bias_batch + n + c);
-#pragma unroll
-      for (int j = 0; j < width; ++j)
-        if (j < valid) add[j] = to_float(from[j]);
-    }
+    float add[width] = {}, times[width] = {};
+    if (bias != nullptr) read(add, bias + (member * bias_batch + n + c), valid);
+    if constexpr (scaled) read(times, scale + (member * scale_batch + n + c), valid);
 #pragma unroll 1
     for (int r = int(threadIdx.x) / across; r < M && m + r < m_end; r += threads / across) {
       const int64_t first = member * batch + (m + r) * row;
@@ -45,7 +42,12 @@ struct Result {
         for (int q = 0; q < 4; ++q) values[j + q] = v[q];
       }
 #pragma unroll
-      for (int j = 0; j < width; ++j) values[j] += add[j];
+      for (int j = 0; j < width; ++j) {
+        if constexpr (scaled)
+          values[j] = fmaf(values[j], times[j], add[j]);
+        else
+          values[j] += add[j];
+      }
       if (z != nullptr) write<width>(z + first, n + c, valid, values);
       activate(activation, values);
       write<width>(y + first, n + c, valid, values);
@@ -53,6 +55,13 @@ struct Result {
   }
 
  private:
+  template <int width>
+  static __device__ __forceinline__ void read(float (&values)[width], Global<const T> from, int valid) {
+#pragma unroll
+    for (int j = 0; j < width; ++j)
+      if (j < valid) values[j] = to_float(from[j]);
+  }
+
   template <int width>
   __device__ __forceinline__ void write(Global<T> to, int column, int valid, const float (&values)[width]) const {
     Vector<T, width> v;

@@ -1,7 +1,9 @@
 """The Triton building blocks that the ops compose, and the one table that sizes their tiles.
 
     contract    acc[m, n] = sum_k a[m, k] b[n, k]     every y, dx and dW is one
+    multiply    one step of contract's loop           for loops that run over members as well
     row_sums    sum_k a[m, k]                         db, by programs of their own beside those of dW
+    add_parts   sum_p parts[p, j]                     results that several programs have partial sums of
 
 An *operand* is a `[lines, BLOCK_K]` tile that advances along the reduction: `lines()` says which lines of which tensor
 (rows of the batch, columns of the product), `operand()` adds the reduction.  Either may run over members as well:
@@ -10,9 +12,10 @@ A *loader* turns an operand into values, and may transform them on the way:
 
     load(operand, k, size, group, TRANSFORM, FOLD, WIDE, EVEN_K, BLOCK_K) -> [lines, BLOCK_K]
 
-`load_tile` only loads; `load_gradient` takes a pair of operands and multiplies by an activation's slope.  A new
-transform (a scale, a mix of templates) is a new loader over `load_tile`.  Triton cannot keep functions or strings in
-tuples, so a loader travels as an argument of its own, with its one compile-time choice TRANSFORM beside it.
+`load_tile` only loads; `load_gradient` takes a pair of operands and multiplies by an activation's slope; `load_scaled`
+and `load_scaled_gradient` multiply by one more operand, a scale along the reduction (`member_lines`).  A new transform
+(a mix of templates) is a new loader over `load_tile`.  Triton cannot keep functions or strings in tuples, so a loader
+travels as an argument of its own, with its one compile-time choice TRANSFORM beside it.
 What happens to the float32 result (bias, `activate`, scale, `store_tile`) is the op's epilogue.
 
 Members and tiles are reached by 64-bit arithmetic, places within a tile by 32-bit offsets, which halves the registers
@@ -93,6 +96,23 @@ def operand(which, stride, group_stride, FOLD: tl.constexpr, WIDE: tl.constexpr,
     return pointer, offsets, valid[:, None], stride, group_stride
 
 
+@triton.jit
+def of_member(source, member, stride):
+    """The operand `source` moved to a member."""
+    pointer, offsets, valid, along, group_stride = source
+    return pointer + tl.cast(member, tl.int64) * stride, offsets, valid, along, group_stride
+
+
+@triton.jit
+def member_lines(pointer, member, m, rows, group, stride, FOLD: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """`lines()` of a tensor that is the same for all rows of a member: one line, or with FOLD (rows run over members,
+    `group` each) that of each row's member."""
+    if FOLD:
+        return lines(pointer, m, rows, 0, group, stride, True, WIDE, BLOCK)
+    else:
+        return lines(pointer + member * stride, 0, 1, 0, 1, 0, False, WIDE, 1)
+
+
 # ------------------------------------------------------------------------------------------------ device: loaders
 
 
@@ -130,6 +150,33 @@ def load_gradient(
     return tile
 
 
+@triton.jit
+def load_scaled(
+    sources, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """source * scale, computed in float32 and rounded to the dtype."""
+    source, scale = sources
+    tile = load_tile(source, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
+    by = load_tile(scale, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
+    return (tile.to(tl.float32) * by.to(tl.float32)).to(tile.dtype)
+
+
+@triton.jit
+def load_scaled_gradient(
+    sources, k, size, group, TRANSFORM: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """grad * slope(saved) * scale, rounded to the dtype once."""
+    grad, saved, scale = sources
+    tile = load_tile(grad, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K)
+    by = load_tile(scale, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K).to(tl.float32)
+    g = tile.to(tl.float32)
+    if TRANSFORM is not None:
+        g = through_activation(g, load_tile(saved, k, size, group, None, FOLD, WIDE, EVEN_K, BLOCK_K), TRANSFORM)
+    return (g * by).to(tile.dtype)
+
+
 # ------------------------------------------------------------------------------------------------ device: sums
 
 
@@ -142,10 +189,19 @@ def contract(
     """acc[m, n] = sum over k < size of a[m, k] b[n, k], in float32; A and B are the loaders' TRANSFORMs."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, size, BLOCK_K):
-        a_tile = load_a(a, k, size, group, A, FOLD, WIDE, EVEN_K, BLOCK_K)
-        b_tile = load_b(b, k, size, group, B, FOLD, WIDE, EVEN_K, BLOCK_K)
-        acc = tl.dot(a_tile, tl.trans(b_tile), acc, input_precision=PRECISION)
+        acc = multiply(load_a, a, A, load_b, b, B, acc, k, size, group, FOLD, WIDE, EVEN_K, PRECISION, BLOCK_K)
     return acc
+
+
+@triton.jit
+def multiply(
+    load_a, a, A: tl.constexpr, load_b, b, B: tl.constexpr, acc, k, size, group, FOLD: tl.constexpr,
+    WIDE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc plus the BLOCK_K terms of `contract` from reduction index k on."""
+    a_tile = load_a(a, k, size, group, A, FOLD, WIDE, EVEN_K, BLOCK_K)
+    b_tile = load_b(b, k, size, group, B, FOLD, WIDE, EVEN_K, BLOCK_K)
+    return tl.dot(a_tile, tl.trans(b_tile), acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -162,6 +218,42 @@ def row_sums(
     for k in range(0, size, BLOCK_K):
         acc += load_a(a, k, size, group, A, FOLD, WIDE, EVEN_K, BLOCK_K).to(tl.float32)
     return tl.sum(acc, 1)
+
+
+@triton.jit
+def add_parts(parts, result, block, size, count, BLOCK: tl.constexpr):
+    """result[j] = sum over p < count of the contiguous parts[p, j], for one block of j < size, in a fixed order."""
+    j = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    some = tl.arange(0, 8)  # so many loads are on their way at once
+    acc = tl.zeros((8, BLOCK), tl.float32)
+    for first in range(0, count, 8):
+        p = first + some
+        offsets = p.to(tl.int64)[:, None] * size + j[None, :]
+        acc += tl.load(parts + offsets, mask=(p < count)[:, None] & (j < size)[None, :], other=0.0)
+    tl.store(result + j, narrow(tl.sum(acc, 0), result.dtype.element_ty), mask=j < size)
+
+
+@triton.jit
+def load_columns(which, n, columns, stride, WIDE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of tile n of what `member_lines()` found, in float32, to go with an accumulator's rows."""
+    pointer, down, row_valid = which
+    pointer, along, column_valid = lines(pointer, n, columns, stride, 1, 0, False, WIDE, BLOCK_N)
+    valid = row_valid[:, None] & column_valid[None, :]
+    return tl.load(pointer + (down[:, None] + along[None, :]), mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_line(pointer, tile, size, stride, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """One tile of a line of `size` elements, in float32, to go with an accumulator."""
+    pointer, offsets, valid = lines(pointer, tile, size, stride, 1, 0, False, WIDE, BLOCK)
+    return tl.load(pointer + offsets, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_line(pointer, values, tile, size, BLOCK: tl.constexpr):
+    """Store float32 values, in the tensor's dtype, as one tile of a contiguous line of `size` elements."""
+    pointer, offsets, valid = lines(pointer, tile, size, 1, 1, 0, False, False, BLOCK)
+    tl.store(pointer + offsets, narrow(values, pointer.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -255,6 +347,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+class Block(NamedTuple):
+    """What one program of `add_parts` adds up."""
+
+    BLOCK: int = 256
+    num_warps: int = 4
+    num_stages: int = 1
+
+
 # Largest first.  "tensor": tensor cores, BLOCK_K in 32-bit words (16-bit types take twice that; they need K >= 16).
 # "fma": float32 without TF32, computed by ordinary multiply-adds, whose operands live in registers.
 TILES: dict[str, tuple[Tile, ...]] = {
@@ -275,6 +375,11 @@ TILES: dict[str, tuple[Tile, ...]] = {
         Tile(16, 64, 32, 4, 3),
         Tile(16, 16, 32, 4, 3),
     ),
+}
+# Besides, for programs with a second accumulator, which are limited by registers.
+TWICE: dict[str, tuple[Tile, ...]] = {
+    "tensor": (Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    "fma": (Tile(64, 64, 16, 8, 3),),
 }
 
 
@@ -317,40 +422,57 @@ class Layout(NamedTuple):
         return Layout((far | near) & 15 == 0, near >= 1 << 22)
 
 
+def _device(capability: int) -> Device:
+    return DEVICES[max(known for known in DEVICES if known <= capability)]
+
+
+def fill(capability: int) -> int:
+    """How many programs keep the device busy."""
+    return _device(capability).fill
+
+
 def choose_tile(
     members: int, rows: int, columns: int, dtype: torch.dtype, precision: str, capability: int, layout: Layout,
-    activation: bool = False, slope: bool = False,
+    activation: bool = False, slope: bool = False, scales: int = 0, accumulators: int = 1,
 ) -> Tile:  # fmt: skip
     """The tile for `members` products of [rows, columns], with an `activation` on results or its `slope` on operand a.
 
+    `scales` of operand a: 0 for none, 1 along the reduction, 2 along its rows as well.
+
     The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
     way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.
-    What takes registers makes tiles smaller: an activation, its slope (with the second tensor that it loads), rows that
-    are not aligned (one address per element, not per 16 bytes), 64-bit offsets.
+    What takes registers makes tiles smaller: an activation, its slope (with the second tensor that it loads), scales by
+    row (likewise), a second accumulator, rows that are not aligned (one address per element, not per 16 bytes), 64-bit
+    offsets.
     """
     kind = "fma" if dtype == torch.float32 and precision == "ieee" else "tensor"
-    device = DEVICES[max(known for known in DEVICES if known <= capability)]
+    device = _device(capability)
     area = device.area
-    if activation or slope:
-        area = min(area, 64 * 64 if slope and device.fragments else 128 * 128)
+    tensors = 1 + slope + (scales == 2)  # that operand a is made of
+    if activation or tensors > 1:
+        area = min(area, 64 * 64 if tensors > 1 and device.fragments else 128 * 128)
+    if accumulators > 1:
+        area = min(area, 64 * 64 if kind == "fma" or (slope and device.fragments) else 64 * 128)
     if not layout.aligned:
-        area = min(area, 64 * 64)
+        area = min(area, 32 * 32 if scales == 2 else 64 * 64)
     if layout.wide:
         area = min(area, 32 * 32)
+    table = TWICE[kind] + TILES[kind] if accumulators > 1 else TILES[kind]
     tall, wide = (max(16, triton.next_power_of_2(size)) for size in (rows, columns))
-    for tile in TILES[kind]:
+    for tile in table:
         if tile.BLOCK_M > tall or tile.BLOCK_N > wide or tile.BLOCK_M * tile.BLOCK_N > area:
             continue
         if members * triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N) >= device.fill:
             break
     else:
-        tile = TILES[kind][-1]
+        tile = table[-1]
 
     block_k = tile.BLOCK_K * (4 // dtype.itemsize)
     if kind == "tensor" and (not layout.aligned or (device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
         block_k //= 2  # fewer addresses, fewer fragments
-    stage = ((2 if slope else 1) * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
-    return tile._replace(BLOCK_K=block_k, num_stages=max(2, min(tile.num_stages, device.memory // stage)))
+    stage = (tensors * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
+    stages = min(tile.num_stages, 3 if scales and device.fragments else 4, device.memory // stage)
+    return tile._replace(BLOCK_K=block_k, num_stages=max(2, stages))
 
 
 # ------------------------------------------------------------------------------------------------ host: launch
@@ -381,7 +503,9 @@ class Plan(NamedTuple):
     switches: dict[str, object]
 
     @staticmethod
-    def of(kernel: triton.JITFunction, programs: int, scalars: tuple[int, ...], tile: Tile, **switches: object) -> Plan:
+    def of(
+        kernel: triton.JITFunction, programs: int, scalars: tuple[int, ...], tile: Tile | Block, **switches: object
+    ) -> Plan:
         if programs >= 2**31:
             raise ValueError(f"{kernel.fn.__name__}: {programs} tiles are more than one launch can hold (2**31 - 1)")
         # Named because its default changes in Triton 3.10.
@@ -389,8 +513,8 @@ class Plan(NamedTuple):
 
 
 def launch(plan: Plan, *tensors: Tensor | None) -> None:
-    """Run `plan` on the device of the first tensor, whichever device is current."""
-    first = tensors[0]
+    """Run `plan` on the device of its tensors, whichever device is current."""
+    first = next(t for t in tensors if t is not None)
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             plan.kernel[(plan.programs,)](*tensors, *plan.scalars, **plan.switches)

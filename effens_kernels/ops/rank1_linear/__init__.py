@@ -85,7 +85,7 @@ def _is_delegated(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor 
     """Whether dispatch would take torch's composition, or the arguments are at fault."""
     if backend is not None or _env.BACKEND is not None:
         return False
-    if x.dim() < 2 or weight.dim() != 2:
+    if weight is None or x.dim() < 2 or weight.dim() != 2:
         return True
     return _dispatch.has_few_rows(x.shape[-2], *weight.shape, needs_grad(x, weight, r, s, bias))
 

@@ -1,0 +1,7 @@
+#include "../kernels/rank1_linear.cuh"
+
+namespace effens::device {
+
+EFFENS_RANK1_LINEAR(, float, Math::fma);
+
+}  // namespace effens::device
