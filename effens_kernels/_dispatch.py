@@ -33,7 +33,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
-    "rank1_conv1d": {},  # see `folds_scales`
+    "rank1_conv1d": {},  # see `rank1_conv_route`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},
 }
@@ -176,13 +176,26 @@ def select(problem: Problem, requested: str | None = None) -> str:
     return requested
 
 
-def folds_scales(problem: Problem, requested: str | None = None) -> bool:
-    """Whether a BatchEnsemble convolution runs folded; else its reference runs.  It has no kernels of its own.
+def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: bool = False) -> str:
+    """How a BatchEnsemble convolution, which has no kernels of its own, runs: "reference", "folded" or "rank1_linear".
 
     Folded into one weight per member, the scales cost work on weights and one copy of the results, forward and
-    backward; as factors of images they cost two passes over the images forward and four backward, and what is kept.
+    backward; as factors of images (the reference) they cost two passes over the images forward, more backward, and
+    memory for what these keep.  Measured on a CPU with AVX-512 and AMX, one thread, float32 and bfloat16, 4 members of
+    32 images, forward and backward, in times of PyTorch's convolution of as many images: folded 0.7 to 1.25, factors
+    1.0 to 4.2, one grouped convolution 1.05 to 7.0.  Factors won where weights are as large as the images (256 channels
+    of 8 x 8, 3 x 3 kernels: 1.03 against 1.19 in bfloat16), but by less than what they keep is worth.  With many small
+    members (16 of 8 images of 16 channels) folding takes 1.4 to 1.6, and nothing else is better in both types.
+    A `pointwise` convolution, of 1 x 1 kernels on channels_last images, is a linear layer of pixels: there folding
+    takes 1.2 to 1.7, as copies count beside so small a product, and the engine's rank1_linear 1.0 to 1.6.  No GPU has
+    been measured.
     """
-    return select(problem, requested) == "reference" and (_env.BACKEND if requested is None else requested) is None
+    select(problem, requested)  # refuses what has no kernel
+    if (_env.BACKEND if requested is None else requested) is not None:
+        return "reference"
+    if pointwise and problem.device == "cpu" and selects("cpu", "rank1_linear", problem.dtype, "cpu"):
+        return "rank1_linear"
+    return "folded"
 
 
 def _measured(problem: Problem) -> str | None:

@@ -127,6 +127,10 @@ def cases() -> list[Case]:
         Case(layout="channels_last", weight_layout="channels_last", options={"stride": 2}),
         Case(weight_layout="channels_last", options={"groups": 2}),
         Case(kernel=(1, 1), layout="channels_last", weight_layout="channels_last"),
+        Case(kernel=(1, 1), layout="channels_last", shared=True, bias="shared"),
+        Case(kernel=(1, 1), layout="channels_last", options={"padding": 1}),
+        Case(kernel=(1, 1), layout="channels_last", options={"groups": 2}, bias="none"),
+        Case(inputs=1, kernel=(1, 1), layout="channels_last"),
         Case(weight_layout="inner"),
     ]
     line = {"image": (13,), "kernel": (3,), "op": "conv1d"}
@@ -152,15 +156,18 @@ EMPTY = [
     Case(members=0, shared=True, bias="shared"),
     Case(members=0, batch=0),
     Case(members=1, batch=0, layout="channels_last"),
+    Case(batch=0, kernel=(1, 1), layout="channels_last"),
 ]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 SMALL = [
-    Case(2, 2, 2, 4, (3, 4), (2, 2), options={"padding": 1}),
-    Case(2, 2, 2, 4, (3, 3), (3, 2), shared=True, bias="shared", options={"stride": 2, "padding": 1}),
+    Case(2, 1, 2, 2, (2, 3), (2, 2), options={"padding": 1}),
+    Case(2, 2, 2, 2, (3, 3), (3, 2), shared=True, bias="shared", options={"stride": 2, "padding": 1}),
     Case(1, 1, 4, 2, (3, 3), (2, 2), bias="none", options={"groups": 2}, layout="channels_last"),
     Case(2, 1, 2, 2, (4, 3), (2, 3), options={"padding": "same"}),
+    Case(2, 2, 3, 2, (2, 2), (1, 1), layout="channels_last"),
+    Case(2, 2, 3, 2, (2, 2), (1, 1), layout="channels_last", shared=True, bias="shared"),
     Case(2, 2, 2, 2, (4,), (2,), op="conv1d"),
-    Case(2, 1, 2, 4, (2, 3), (2, 2), op="conv_transpose2d", options={"groups": 2, "stride": 2}),
+    Case(2, 1, 2, 2, (2, 2), (2, 2), op="conv_transpose2d", options={"groups": 2, "stride": 2}),
 ]
 small = pytest.mark.parametrize("case", SMALL, ids=str)
 
@@ -304,8 +311,9 @@ def test_images_lie_as_those_of_conv2d(members, mode, kernel, shared, layout, we
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradients_lie_as_their_tensors(layout):
-    case = Case(layout=layout, weight_layout=layout, options={"padding": 1})
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)], ids=["k1", "k3"])
+def test_gradients_lie_as_their_tensors(layout, kernel):
+    case = Case(kernel=kernel, layout=layout, weight_layout=layout, options={"padding": "same"})
     inputs = case.inputs_for()
     actual = derivatives(case, inputs)
     assert actual["x"].stride() == inputs[0].stride()
@@ -354,9 +362,11 @@ def kept_by(call) -> list[Tensor]:
 @pytest.mark.parametrize("shared", [False, True], ids=["per_member", "shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("bias", ["own", "shared", "none"])
-def test_saved_bytes(shared, dtype, bias):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)], ids=["k1", "k3"])
+def test_saved_bytes(shared, dtype, bias, layout, kernel):
     """x, weight, r and s themselves, and nothing else."""
-    case = Case(shared=shared, bias=bias, options={"padding": "same"})
+    case = Case(kernel=kernel, shared=shared, bias=bias, layout=layout, options={"padding": "same"})
     inputs = leaves(case.inputs_for(dtype))
     kept = kept_by(lambda: rank1_conv2d(*inputs, **case.options))
     assert sum(t.untyped_storage().nbytes() for t in kept) == sum(t.nbytes for t in inputs[:4])
@@ -597,6 +607,17 @@ def test_bad_input_of_the_siblings():
         rank1_conv1d(x[0], weight, r, s)
     with pytest.raises(ValueError, match="rank1_conv1d: stride should be an int of at least 1, got 0"):
         rank1_conv1d(x[0], weight[0], torch.ones(3, 8), torch.ones(3, 6), stride=0)
+
+
+def test_pointwise_convolutions_are_linear_layers_of_pixels(monkeypatch):
+    """On the CPU engine, where it runs; else folded."""
+    inputs = Case(kernel=(1, 1), layout="channels_last").inputs_for()
+    monkeypatch.setattr(folded, "apply", lambda *_: "folded")
+    assert isinstance(rank1_conv2d(*inputs), Tensor)
+    assert rank1_conv2d(*inputs, stride=2) == "folded"
+    assert rank1_conv2d(inputs[0].contiguous(), *inputs[1:]) == "folded"
+    monkeypatch.setattr("effens_kernels._dispatch.selects", lambda *_: False)
+    assert rank1_conv2d(*inputs) == "folded"
 
 
 def test_backend_from_the_environment(monkeypatch):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import _dispatch
 from .._checks import autocast, check_alike, check_tensor, reject
 from .._registration import is_plain_eager
+from ..rank1_linear import rank1_linear
 from . import folded, reference
 from .options import Numbers, Options, numbers, output_sizes, padded
 
@@ -37,7 +38,8 @@ def rank1_conv2d(
 
     where `r` and `s` multiply whole channels: BatchEnsemble (Wen et al. 2020, "BatchEnsemble: An Alternative Approach
     to Efficient Ensemble and Lifelong Learning", equation 5).  It runs as PyTorch's convolution of weight
-    :math:`s_e W r_e`, member by member, so that no image is scaled, in forward or backward.
+    :math:`s_e W r_e`, member by member, so that no image is scaled, in forward or backward; 1 x 1 kernels on
+    channels_last images of a CPU run as :func:`rank1_linear` of their pixels.
 
     Args:
         x: `[B, C, H, W]`, the same images for every member (never expanded), or `[E, B, C, H, W]`, images per member.
@@ -46,7 +48,7 @@ def rank1_conv2d(
         s: `[E, O]`, scales of the output channels; they do not scale the bias.
         bias: `[O]`, shared, `[E, O]`, or None.
         stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`; padding may be "same" or "valid".
-        backend: None (folded, as above, on every device), or "reference", which scales the images; there are no
+        backend: None (as above, on every device), or "reference", which scales the images; there are no
             kernels of this package for it, so other names are refused.
 
     Returns:
@@ -168,12 +170,28 @@ def _run(
     op: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, options: Options, backend: str | None
 ) -> Tensor:
     _check_sizes(op, x, weight, r, s, bias, options)
-    folds = _dispatch.folds_scales(_dispatch.Problem(op, x.device.type, x.dtype), backend)
-    if not folds or r.shape[0] == 0 or not is_plain_eager(x, weight, r, s, bias):
+    problem = _dispatch.Problem(op, x.device.type, x.dtype)
+    plain = r.shape[0] > 0 and is_plain_eager(x, weight, r, s, bias)
+    route = _dispatch.rank1_conv_route(problem, backend, plain and _is_pointwise(x, weight, options))
+    if route == "reference" or not plain:
         return reference.rank1_conv(x, weight, r, s, bias, options)
+    if route == "rank1_linear":
+        pixels = x.movedim(-3, -1)
+        y = rank1_linear(pixels.flatten(-4, -2), weight.flatten(1), r, s, bias, backend="cpu")
+        return y.unflatten(1, pixels.shape[-4:-1]).movedim(-1, -3)
     if bias is not None and bias.dim() == 1:
         bias = bias.expand(r.shape[0], -1)  # torch sums its gradient over the members
     return folded.apply(x, weight, r, s, bias, options)
+
+
+def _is_pointwise(x: Tensor, weight: Tensor, options: Options) -> bool:
+    """A 1 x 1 convolution of images that certainly are channels_last: then it is one product of all pixels."""
+    return (
+        tuple(weight.shape[2:]) == (1, 1)
+        and options._replace(dilation=(1, 1)) == Options.default(2)
+        and x.stride(-1) == x.shape[-3] != 1
+        and x.movedim(-3, -1).is_contiguous()
+    )
 
 
 def _check_tensors(op: str, axes: int, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> None:
