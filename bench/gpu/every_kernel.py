@@ -2,8 +2,8 @@
 
 python -m bench.gpu.every_kernel [--device cuda] [--quick]
 
-Tile sizes, dtypes and TF32, forward, dx, dW with db, odd and even sizes, rows that are aligned and not, shared x or one
-per member, each activation.  Results are compared with float64, so that a kernel that does nothing does not pass.
+Tile sizes, dtypes and TF32, forward and all gradients, odd and even sizes, rows that are aligned and not, shared x or
+one per member, each activation.  Results are compared with float64, so that a kernel that does nothing does not pass.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 
 from effens_kernels import _dispatch, _native
 from effens_kernels.ops._activations import ACTIVATIONS
-from effens_kernels.ops.grouped_linear import reference
-from effens_kernels.testing import LinearCase, error
+from effens_kernels.testing import OPS, LinearCase, Rank1Case, error
 
 TILES = (0, 1, 2)
 MATHS = {
@@ -37,41 +36,50 @@ CASES = (
     LinearCase(2, 40, 40, 40, activation="relu", x_layout="inner", weight_layout="inner"),
     LinearCase(2, 24, 40, 48, x_layout="offset", weight_layout="offset"),
     LinearCase(3, 1, 17, 1, activation="gelu"),
+    Rank1Case(2, 130, 33, 130, activation="relu"),
+    Rank1Case(3, 96, 48, 160, shared=True, activation="gelu"),
+    Rank1Case(5, 17, 130, 40, activation="tanh", x_layout="offset", weight_layout="offset"),
+    Rank1Case(9, 64, 96, 64, shared=True),
+    Rank1Case(1, 1100, 24, 40),
 )
-QUICK = (LinearCase(2, 9, 21, 13, shared=True, activation="gelu"), LinearCase(2, 8, 16, 24))
+QUICK = (
+    LinearCase(2, 9, 21, 13, shared=True, activation="gelu"),
+    LinearCase(2, 8, 16, 24),
+    Rank1Case(3, 9, 21, 13, activation="relu"),
+)
 TOO_LITTLE = "too little shared memory"  # an honest refusal of a tile that the GPU has no room for
 
 
-def calls(cases: tuple[LinearCase, ...], device: str) -> Iterator[tuple[str, list[torch.Tensor], list[torch.Tensor]]]:
-    """(name, results, their exact values) of one forward and backward each."""
+def calls(cases: tuple[LinearCase, ...], device: str) -> Iterator[tuple[str, dict[str, tuple[torch.Tensor, ...]]]]:
+    """(name, {"y": (result, exact value), "x": its gradient and so on}) of one forward and backward each."""
     for case in cases:
+        op = OPS["rank1_linear" if isinstance(case, Rank1Case) else "grouped_linear"]
+        fwd, bwd = (getattr(_native.cuda_ops, f"{op.name}_{direction}") for direction in ("fwd", "bwd"))
         activation = ACTIVATIONS[case.activation]
         save = activation.saves == "preactivation"
         for math, (dtype, tf32, _) in MATHS.items():
             # On the CPU, so that the sanitizer sees nothing but copies beside our kernels.
-            x, weight, bias = case.inputs_for(dtype, "cpu", seed=0)
+            *factors, bias = case.inputs_for(dtype, "cpu", seed=0)
             grad = torch.randn(case.members, case.batch, case.outputs).to(dtype)
-            wide = [t.double().requires_grad_() for t in (x, weight, bias)]
-            z = reference.grouped_linear(*wide, None)
+            wide = [t.double().requires_grad_() for t in (*factors, bias)]
+            z = op.reference(*wide, None)
             y = activation.apply(z)
             exact = [y.detach(), *torch.autograd.grad(y, wide, grad.double())]
             # What the kernels' own forward rounds would flip signs near zero of relu: backward is given the exact one.
             saved = (z if save else y).detach().to(device, dtype)
             for tile in TILES:
-                name = f"{case}, {math}, tile {tile}"
-                inputs = [_with_layout(t, device) for t in (x, weight)]
-                ops = _native.cuda_ops
+                name = f"{op.name} {case}, {math}, tile {tile}"
+                inputs = [_with_layout(t, device) for t in factors]
+                need = (True,) * len(wide)
                 try:
-                    found = ops.grouped_linear_fwd(*inputs, bias.to(device), activation.code, save, tf32, tile)[:1]
-                    found += ops.grouped_linear_bwd(
-                        grad.to(device), *inputs, saved, activation.code, True, True, True, tf32, tile
-                    )
+                    found = fwd(*inputs, bias.to(device), activation.code, save, tf32, tile)[:1]
+                    found += bwd(grad.to(device), *inputs, saved, activation.code, *need, tf32, tile)
                 except RuntimeError as refusal:
                     if TOO_LITTLE not in str(refusal):
                         raise
                     print(f"{name}: {TOO_LITTLE}", flush=True)
                     continue
-                yield name, [t.cpu() for t in found], exact
+                yield name, dict(zip(("y", *op.arguments), zip((t.cpu() for t in found), exact, strict=True)))
 
 
 def _with_layout(t: torch.Tensor, device: str) -> torch.Tensor:
@@ -94,12 +102,12 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     count, wrong = 0, []
-    for name, found, exact in calls(QUICK if args.quick else CASES, args.device):
+    for name, results in calls(QUICK if args.quick else CASES, args.device):
         count += 1
         allowed = MATHS[name.split(", ")[1]][2]
         wrong += [
-            f"{name}: {what} is off by {error(value, wanted):.1e}"
-            for what, value, wanted in zip(("y", "dx", "dW", "db"), found, exact)
+            f"{name}: {'y' if what == 'y' else f'gradient of {what}'} is off by {error(value, wanted):.1e}"
+            for what, (value, wanted) in results.items()
             if not error(value, wanted) <= allowed
         ]
     print(f"{count} variants called, {len(wrong)} results wrong", flush=True)
