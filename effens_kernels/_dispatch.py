@@ -43,10 +43,10 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 # do not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
-
 # rank1_linear on a CPU: with fewer rows B than I*O divided by this, torch's composition is faster, one product over the
 # rows of all members, in training or without gradients.  Measured for I, O of 64 to 1024 and 3072 x 128, float32 and
-# bfloat16, one thread of an AVX-512 processor, 2026-11-22: the crossing lies within a factor of 2 of this line.
+# bfloat16, one thread of an AVX-512 processor, 2026-11-22: the crossing lies within a factor of 2 of this line.  Not
+# for float16, whose range the composition's unscaled outputs may leave.
 FEW_ROWS = {True: 1 << 12, False: 1 << 14}
 
 
@@ -144,8 +144,13 @@ def selects(backend: str, op: str, dtype: torch.dtype, requested: str | None) ->
         return False
 
 
-def has_few_rows(rows: int, inputs: int, outputs: int, training: bool) -> bool:
-    """Whether rank1_linear on the CPU is faster as torch's composition (`FEW_ROWS`)."""
+def has_few_rows(dtype: torch.dtype, rows: int, inputs: int, outputs: int, training: bool) -> bool:
+    """Whether rank1_linear on the CPU is faster as torch's composition (`FEW_ROWS`).
+
+    Not asked when compiling: the answer would bind an exported program to one side of the line.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
     return rows * FEW_ROWS[training] < inputs * outputs
 
 
@@ -160,7 +165,7 @@ def select(problem: Problem, requested: str | None = None) -> str:
             if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM:
                 return "reference"
         if problem.op == "rank1_linear" and problem.device == "cpu" and problem.sizes:
-            if has_few_rows(*problem.sizes[1:], problem.training):
+            if has_few_rows(problem.dtype, *problem.sizes[1:], problem.training):
                 return "reference"
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:
@@ -181,11 +186,12 @@ def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: 
 
     Folded into one weight per member, the scales cost work on weights and one copy of the results, forward and
     backward; as factors of images (the reference) they cost two passes over the images forward, more backward, and
-    memory for what these keep.  Measured on a CPU with AVX-512 and AMX, one thread, float32 and bfloat16, 4 members of
-    32 images, forward and backward, in times of PyTorch's convolution of as many images: folded 0.7 to 1.25, factors
-    1.0 to 4.2, one grouped convolution 1.05 to 7.0.  Factors won where weights are as large as the images (256 channels
-    of 8 x 8, 3 x 3 kernels: 1.03 against 1.19 in bfloat16), but by less than what they keep is worth.  With many small
-    members (16 of 8 images of 16 channels) folding takes 1.4 to 1.6, and nothing else is better in both types.
+    memory for what these keep.  Measured 2026-11-22 on a CPU with AVX-512 and AMX, one thread, float32 and bfloat16,
+    4 members of 32 images, forward and backward, in times of PyTorch's convolution of as many images: folded 0.7 to
+    1.25, factors 1.0 to 4.2, one grouped convolution 1.05 to 7.0. Factors won where weights are as large as the
+    images (256 channels of 8 x 8, 3 x 3 kernels: 1.03 against 1.19 in bfloat16), but by less than what they keep is
+    worth. With many small members (16 of 8 images of 16 channels) folding takes 1.4 to 1.6, and nothing else is
+    better in both types.
     A `pointwise` convolution, of 1 x 1 kernels on channels_last images, is a linear layer of pixels: there folding
     takes 1.2 to 1.7, as copies count beside so small a product, and the engine's rank1_linear 1.0 to 1.6.  No GPU has
     been measured.

@@ -423,3 +423,22 @@ def test_one_value_has_no_variance(name):
     with pytest.raises(ValueError, match="input should be more than one value"):
         ensemble(C, E)(x[0], member=0)
     assert ensemble(C, E).eval()(x).shape == x.shape
+
+
+def test_results_may_be_changed_in_place():
+    """Also where all members have the same ones."""
+    layer = EnsembleLayerNorm(8, 3, elementwise_affine=False)
+    x = torch.randn(4, 8)
+    expected = torch.relu(torch.nn.functional.layer_norm(x, (8,)))
+    assert torch.equal(torch.relu_(layer(x)), expected.expand(3, 4, 8))
+
+
+def test_from_a_batchnorm_whose_statistics_were_switched_off():
+    norm = torch.nn.BatchNorm1d(4)
+    norm(torch.randn(9, 4))
+    norm.track_running_stats = False
+    layer = EnsembleBatchNorm1d.from_batchnorm(norm, 3)
+    x = torch.randn(3, 7, 4)
+    expected = torch.stack([norm(rows) for rows in x])
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(layer.running_mean[1], norm.running_mean)

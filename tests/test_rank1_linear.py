@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacrev, vmap
 
-from effens_kernels import _dispatch, rank1_linear
+from effens_kernels import _dispatch, nn, rank1_linear
 from effens_kernels.ops._activations import ACTIVATIONS
 from effens_kernels.ops.rank1_linear import reference
 from effens_kernels.ops.rank1_linear.autograd import FORM
@@ -205,6 +205,16 @@ def test_export(seed):
     assert any("rank1_linear_fwd" in str(node.target) for node in program.graph.nodes)
 
 
+def test_export_with_any_number_of_rows(seed):
+    """On both sides of the line beyond which eager calls take torch's composition."""
+    layer = nn.BatchEnsembleLinear(256, 256, num_members=2, activation="relu")
+    rows = {"input": {0: torch.export.Dim("B", min=2, max=4096)}}
+    program = torch.export.export(layer, (torch.randn(8, 256),), dynamic_shapes=rows)
+    for batch in (3, 100):
+        x = torch.randn(batch, 256)
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
 SIZE = 3
 IN_DIMS = [(0, None, None, None, None), (None, 0, None, None, None), (None, None, 0, 0, None), (-1, None, 0, -1, 0)]
 IN_DIMS += [(0, 0, 0, 0, 0), (None, None, None, None, 0)]
@@ -274,6 +284,9 @@ def test_few_rows_are_torchs(batch, seed, monkeypatch):
     assert bool(ran) == (batch >= 4)
     ran.clear()
     rank1_linear(*inputs, backend="cpu")
+    assert ran
+    ran.clear()
+    rank1_linear(*(t.half() for t in inputs))  # torch's unscaled outputs might leave the range of float16
     assert ran
     sizes = 2, batch, 256, 256
     for training, least in ((True, 16), (False, 4)):

@@ -158,13 +158,14 @@ void parameter_gradients(const Sizes& z, const Gradient& g, const Tensor& x, con
       isa.run(products[size_t(task % groups)], plan, task / groups, task / groups + 1);
   });
 
-  if (sum_size)
-    torch::stable::parallel_for(
-        0, z.outputs, std::max<int64_t>(1, 1 << 16 / std::max<int64_t>(1, z.inputs)), [&](int64_t from, int64_t to) {
-          isa.add_up(p.dtype, memory + from * z.inputs * element, groups, group_size,
-                     static_cast<char*>(results.weight.mutable_data_ptr()) + from * z.inputs * size,
-                     (to - from) * z.inputs);
-        });
+  if (sum_size) {
+    const int64_t rows_worth_a_thread = (int64_t(1) << 16) / (z.inputs * groups);
+    char* const result = static_cast<char*>(results.weight.mutable_data_ptr());
+    torch::stable::parallel_for(0, z.outputs, std::max<int64_t>(1, rows_worth_a_thread), [&](int64_t from, int64_t to) {
+      const int64_t at = from * z.inputs;
+      isa.add_up(p.dtype, memory + at * element, groups, group_size, result + at * size, (to - from) * z.inputs);
+    });
+  }
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = z.members * group / groups, count = products[size_t(group)].reduces;
     auto add = [&](const void* parts, int64_t blocks, int64_t width, const Tensor& to) {

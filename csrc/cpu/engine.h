@@ -6,7 +6,7 @@
 // products with a matrix are kept, on its way out of the registers (`Fold`).
 //
 // Every linear op of the package is one or two of these (docs/architecture.md).  A product is cut into independent
-// tasks whose results do not depend on how many threads run them.
+// tasks whose results do not depend on how many threads run them; but the parts of a `Fold` are the plan's.
 #pragma once
 
 #include <cstddef>

@@ -96,6 +96,7 @@ struct Product {
   U *packed, *strip;
   T* transformed;
   const T* packed_from = nullptr;
+  int64_t packed_n0 = -1;  // blocks of different widths begin at one address where columns are 0 apart
   // the current task
   int64_t g = 0, m0 = 0, m1 = 0, n0 = 0, n1 = 0;
   int64_t panels_least = 0, panels_larger = 0;  // vectors of a panel, and how many panels have one more
@@ -303,8 +304,8 @@ struct Product {
       return;
     }
     b_ld = 0;
-    if (packed_from == src && !p.b_scale.data) return;
-    packed_from = src;
+    if (packed_from == src && packed_n0 == n0 && !p.b_scale.data) return;
+    packed_from = src, packed_n0 = n0;
     const T* scale = static_cast<const T*>(p.b_scale.data);
     if (scale) scale += g * p.b_scale.batch + r * p.b_scale.reduce + n0;
     for (int64_t kb = 0; depth > 0 && kb < k_blocks; ++kb) {

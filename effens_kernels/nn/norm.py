@@ -73,12 +73,13 @@ class _EnsembleBatchNorm(nn.Module):
             expected = f"a torch.nn.{cls.PLAIN.__name__}"
             reject(f"{cls.__name__}.from_batchnorm", "norm", expected, type(norm).__name__, TypeError)
         place = next((t for t in (norm.weight, norm.running_mean) if t is not None), torch.empty(0))
-        how = norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+        how = norm.eps, norm.momentum, norm.affine, norm.running_mean is not None
         bias = norm.bias is not None
         layer = cls(norm.num_features, num_members, *how, bias=bias, **options, device=place.device, dtype=place.dtype)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             if getattr(norm, name) is not None:
                 getattr(layer, name).copy_(getattr(norm, name))
+        layer.track_running_stats = norm.track_running_stats  # may have been switched off since
         return _with_parameters(layer, norm)
 
     def forward(self, input: Tensor, member: int | None = None) -> Tensor:
@@ -122,7 +123,8 @@ class _EnsembleBatchNorm(nn.Module):
         # As one layer of n C features: where these are one axis in memory, and where there are few values to copy.
         # Images would be copied, and lose their memory format.
         one_axis = len(x) == 1 or x.stride(0) == x.shape[2] * x.stride(2)
-        if (one_axis or x.dim() == 3) and len(set(factors)) == 1:
+        contiguous = all(t is None or t.is_contiguous() for t in state)
+        if (one_axis or x.dim() == 3) and len(set(factors)) == 1 and contiguous:
             flat = [None if t is None else t.view(-1) for t in state]
             y = F.batch_norm(x.transpose(0, 1).flatten(1, 2), *flat, batch_statistics, factors[0], self.eps)
             return y.unflatten(1, (len(x), self.num_features)).transpose(0, 1)
@@ -284,7 +286,8 @@ class EnsembleLayerNorm(nn.Module):
         own = x.dim() > 2 + features.count(",")
         if weight is None:
             y = F.layer_norm(x, shape, None, None, self.eps)
-            return as_given(y if own else y.expand(self.num_members, *y.shape), self.batch_first, self.tiled)
+            y = y if own else y.expand(self.num_members, *y.shape).contiguous()
+            return as_given(y, self.batch_first, self.tiled)
         # Member by member, which PyTorch's operation does in one pass; the results lie in the order of the layout.
         parts = zip(x if own else repeat(x), weight.unbind(0), repeat(None) if bias is None else bias.unbind(0))
         y = [F.layer_norm(part, shape, w, b, self.eps) for part, w, b in parts]
