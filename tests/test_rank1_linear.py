@@ -105,8 +105,6 @@ SUBSETS = [(name,) for name in NAMES] + [("r", "s"), ("x", "bias"), ("weight", "
 @rows
 def test_only_the_gradients_asked_for(wanted, shared, runner, seed):
     """The same values, whatever else is computed beside them."""
-    if "rank1_linear" not in _dispatch.IMPLEMENTED or torch.float32 not in runner.dtypes("rank1_linear"):
-        pytest.skip(f"{runner.backend} has no rank1_linear")
     case = Rank1Case(3, 9, 21, 18, shared=shared, activation="gelu")
     inputs = dict(zip(NAMES, case.inputs_for(torch.float32, runner.device, seed)))
     grad = torch.randn(3, 9, 18, device=runner.device)
@@ -122,8 +120,6 @@ def test_only_the_gradients_asked_for(wanted, shared, runner, seed):
 @pytest.mark.parametrize("runner", [r for r in RUNNERS if r.isa in (None, "baseline")], indirect=True, ids=str)
 def test_saved_bytes(activation, shared, runner, seed):
     """The inputs themselves; besides, y itself for relu and tanh, one new [E, B, O] tensor for gelu and silu."""
-    if torch.float32 not in runner.dtypes("rank1_linear"):
-        pytest.skip(f"{runner.backend} has no rank1_linear")
     inputs = leaves(Rank1Case(3, 5, 7, 4, shared=shared).inputs_for(torch.float32, runner.device, seed))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
@@ -152,8 +148,6 @@ def test_the_same_bits_every_time_and_right_for_any_number_of_threads(dtype, sha
 
 @pytest.mark.parametrize(("dtype", "runner"), runs(torch.float32, torch.bfloat16), indirect=["runner"])
 def test_infinities_and_nans_go_where_they_belong(dtype, runner, seed):
-    if dtype not in runner.dtypes("rank1_linear"):
-        pytest.skip(f"{runner.backend} has no rank1_linear")
     x, weight, r, s, bias = Rank1Case(3, 5, 17, 9).inputs_for(dtype, runner.device, seed)
     x[1, 2, 3], s[2, 4] = float("nan"), float("inf")
     y = rank1_linear(x, weight, r, s, bias, activation="relu", backend=runner.backend)
