@@ -54,6 +54,7 @@ struct Product {
     const int64_t outputs = max<int64_t>(1, p.batches * plan.col_blocks);
     int64_t parts = threads > 1 ? ceil_div((p.fold ? 2 : 4) * threads, outputs) : 1;
     parts = max<int64_t>(1, min(parts, p.m / (3 * strip_rows)));
+    if (outputs < threads && parts > threads) parts -= parts % threads;  // one task more would wait for a whole round
     if (by_columns(p))
       parts =
           max(parts, ceil_div(p.m * min(units, k_block) * int64_t(sizeof(U)), p.fold ? packed_bytes : strips_bytes));
