@@ -6,6 +6,8 @@ from ._version import __version__
 from .ops import (
     ensemble_mlp,
     grouped_linear,
+    mix_templates,
+    mixture_linear,
     multihead_linear,
     rank1_conv1d,
     rank1_conv2d,
@@ -17,6 +19,8 @@ __all__ = [
     "__version__",
     "ensemble_mlp",
     "grouped_linear",
+    "mix_templates",
+    "mixture_linear",
     "multihead_linear",
     "nn",
     "rank1_conv1d",

@@ -33,6 +33,8 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "mix_templates": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "rank1_conv1d": {},  # see `rank1_conv_route`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},

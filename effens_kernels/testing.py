@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 
 from . import _dispatch
-from .ops import grouped_linear, multihead_linear, rank1_linear
+from .ops import grouped_linear, mix_templates, mixture_linear, multihead_linear, rank1_linear
 from .ops._activations import ACTIVATIONS
 from .ops.grouped_linear import reference as _grouped
+from .ops.mix_templates import reference as _mixing
+from .ops.mixture_linear import reference as _mixture
 from .ops.multihead_linear import reference as _multihead
 from .ops.rank1_linear import reference as _rank1
 
@@ -160,6 +163,90 @@ class Rank1Case(LinearCase):
         }
 
 
+@dataclass(frozen=True)
+class MixtureCase(LinearCase):
+    """One sample call of mixture_linear, readable as a test id such as `E5-B17-I3-O64-T4-shared-relu`."""
+
+    templates: int = 3
+    coefficient_layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        parts = [super().__str__(), f"T{self.templates}"]
+        return "-".join(parts + [f"c_{self.coefficient_layout}"] * (self.coefficient_layout != "contiguous"))
+
+    def inputs_for(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Fresh random (x, coefficients, templates, bias), scaled so that outputs are of order 1."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        rows = (self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs)
+        x = strided(rows, self.x_layout, generator, dtype, device)
+        mixing = strided((self.members, self.templates), self.coefficient_layout, generator, dtype, device)
+        mixing.mul_(self.templates**-0.5)
+        shape = (self.templates, self.outputs, self.inputs)
+        templates = strided(shape, self.weight_layout, generator, dtype, device)
+        templates.mul_(max(1, self.inputs) ** -0.5)
+        bias = strided((self.members, self.outputs), "contiguous", generator, dtype, device) if self.bias else None
+        return x, mixing, templates, bias
+
+    def terms(self) -> dict[str, int]:
+        return {
+            "y": self.inputs * self.templates,
+            "x": self.outputs * self.templates * (self.members if self.shared else 1),
+            "coefficients": self.batch * self.outputs * self.inputs,
+            "templates": self.batch * self.members,
+            "bias": self.batch,
+        }
+
+
+@dataclass(frozen=True)
+class MixCase:
+    """One sample call of mix_templates, readable as a test id such as `M4x2-T3-64x32x3x3`."""
+
+    leading: tuple[int, ...]
+    templates: int
+    shape: tuple[int, ...]
+    layout: str = "contiguous"  # of the templates: as for `strided`, or channels_last
+    coefficient_layout: str = "contiguous"
+    activation: None = None
+
+    def __str__(self) -> str:
+        sizes = ("x".join(map(str, axes)) or "scalar" for axes in (self.leading, self.shape))
+        parts = "M{1}-T{0}-{2}".format(self.templates, *sizes)
+        parts += f"-{self.layout}" * (self.layout != "contiguous")
+        return parts + f"-c_{self.coefficient_layout}" * (self.coefficient_layout != "contiguous")
+
+    @property
+    def rows(self) -> int:
+        return prod(self.leading)
+
+    @property
+    def columns(self) -> int:
+        return prod(self.shape)
+
+    def inputs_for(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Fresh random (coefficients, templates), scaled so that weights are of order 1."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        shape = (self.templates, *self.shape)
+        if self.layout == "channels_last":
+            last = (self.templates, self.shape[0], *self.shape[2:], self.shape[1])
+            templates = strided(last, "contiguous", generator, dtype, device).movedim(-1, 2)
+        else:
+            templates = strided(shape, self.layout, generator, dtype, device)
+        mixing = strided((*self.leading, self.templates), self.coefficient_layout, generator, dtype, device)
+        return mixing.mul_(self.templates**-0.5), templates
+
+    def terms(self) -> dict[str, int]:
+        return {"y": self.templates, "coefficients": self.columns, "templates": self.rows}
+
+    def options(self) -> dict[str, str | None]:
+        return {}
+
+
 def _linear_cases() -> Iterator[LinearCase]:
     for batch, inputs, outputs in [
         (1, 1, 1),
@@ -234,6 +321,67 @@ def _large_rank1_cases() -> Iterator[Rank1Case]:
     yield Rank1Case(1, 260, 1030, 515, x_layout="inner", weight_layout="inner")
 
 
+Case = LinearCase | MixCase
+
+
+def _mix_cases() -> Iterator[MixCase]:
+    for leading, templates, shape in [
+        ((1,), 1, (1,)),
+        ((3,), 5, (17,)),
+        ((2, 3), 4, (8, 3, 3, 3)),
+        ((4,), 3, (64, 33)),
+        ((13,), 2, (129,)),
+        ((7,), 11, (1000,)),
+        ((33,), 17, (65,)),
+        ((), 3, (5, 7)),
+        ((4,), 3, ()),
+    ]:
+        yield MixCase(leading, templates, shape)
+    yield MixCase((5,), 3, (6, 4, 3, 3), layout="channels_last")
+    yield MixCase((5, 2), 3, (16, 4, 2, 2), layout="channels_last", coefficient_layout="transposed")
+    for layout in ("transposed", "inner", "stepped", "offset"):
+        yield MixCase((4,), 5, (9, 21), layout=layout)
+        yield MixCase((4, 3), 5, (37,), coefficient_layout=layout)
+    for leading, shape in [((0,), (3, 2)), ((2,), (0,)), ((2, 0), (4, 0))]:
+        yield MixCase(leading, 3, shape)
+
+
+def _large_mix_cases() -> Iterator[MixCase]:
+    """Beyond one block of every kernel in each size; too long for the Triton interpreter."""
+    yield MixCase((4,), 5, (40, 40, 3, 3))
+    yield MixCase((3,), 2, (100_003,))
+    yield MixCase((70,), 9, (3000,))
+    yield MixCase((9,), 70, (3000,))
+    yield MixCase((32,), 16, (130, 128))
+
+
+def _mixture_cases() -> Iterator[MixtureCase]:
+    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
+        yield MixtureCase(3, batch, inputs, outputs, templates=4)
+    for activation in ACTIVATIONS:
+        yield MixtureCase(2, 19, 23, 29, activation=activation, templates=5)
+        yield MixtureCase(3, 11, 16, 33, shared=True, activation=activation, templates=2)
+    yield MixtureCase(1, 13, 17, 19, templates=1)
+    yield MixtureCase(1, 13, 17, 19, shared=True, bias=False)
+    yield MixtureCase(5, 8, 12, 7, bias=False, templates=9)
+    yield MixtureCase(37, 3, 5, 2, shared=True)
+    for layout in ("transposed", "inner", "stepped", "offset"):
+        yield MixtureCase(4, 9, 21, 18, activation="relu", x_layout=layout, coefficient_layout=layout)
+        yield MixtureCase(4, 9, 21, 18, shared=True, activation="gelu", x_layout=layout)
+        yield MixtureCase(4, 9, 21, 18, activation="tanh", weight_layout=layout)
+    for members, batch, inputs, outputs in [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)]:
+        for shared in (False, True):
+            yield MixtureCase(members, batch, inputs, outputs, shared=shared, activation="relu")
+
+
+def _large_mixture_cases() -> Iterator[MixtureCase]:
+    """Beyond one cache block of every kernel in rows, inputs and outputs; too long for the Triton interpreter."""
+    yield MixtureCase(2, 300, 700, 150, activation="relu", templates=3)
+    yield MixtureCase(2, 130, 90, 1100, shared=True, activation="gelu", templates=2)
+    yield MixtureCase(9, 6, 265, 270, shared=True, templates=12)
+    yield MixtureCase(3, 2, 1030, 515, x_layout="inner", weight_layout="inner")
+
+
 @dataclass(frozen=True)
 class Op:
     """Everything that the generic tests and benchmarks need to know of an op."""
@@ -241,8 +389,8 @@ class Op:
     name: str
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
-    cases: tuple[LinearCase, ...]
-    large_cases: tuple[LinearCase, ...] = field(default=())
+    cases: tuple[Case, ...]
+    large_cases: tuple[Case, ...] = field(default=())
     arguments: tuple[str, ...] = ("x", "weight", "bias")
 
 
@@ -264,6 +412,22 @@ OPS: dict[str, Op] = {
             tuple(_rank1_cases()),
             tuple(_large_rank1_cases()),
             ("x", "weight", "r", "s", "bias"),
+        ),
+        Op(
+            "mix_templates",
+            mix_templates,
+            _mixing.mix_templates,
+            tuple(_mix_cases()),
+            tuple(_large_mix_cases()),
+            ("coefficients", "templates"),
+        ),
+        Op(
+            "mixture_linear",
+            mixture_linear,
+            _mixture.mixture_linear,
+            tuple(_mixture_cases()),
+            tuple(_large_mixture_cases()),
+            ("x", "coefficients", "templates", "bias"),
         ),
     )
 }

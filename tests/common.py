@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from effens_kernels import _dispatch, _env, _native
-from effens_kernels.testing import KERNEL_BACKENDS, OPS, LinearCase, Op
+from effens_kernels.testing import KERNEL_BACKENDS, OPS, Case, Op
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,7 +131,7 @@ def output_shape(op: Op, inputs: Sequence[Tensor | None]) -> torch.Size:
 
 
 @lru_cache(maxsize=4)  # tests run the backends of one sample in a row
-def sample(op: str, case: LinearCase, dtype: torch.dtype, device: str, seed: int) -> Sample:
+def sample(op: str, case: Case, dtype: torch.dtype, device: str, seed: int) -> Sample:
     call = OPS[op].reference
     inputs = case.inputs_for(dtype, device, seed)
     shape = output_shape(OPS[op], inputs)

@@ -8,22 +8,24 @@ import pytest
 import torch
 from common import OPS, RUNNERS, Runner, derivatives, name_of, sample
 
-from effens_kernels.testing import DTYPES, LinearCase, assert_accurate
+from effens_kernels.testing import DTYPES, Case, MixCase, assert_accurate
 
 
-def affordable(runner: Runner, op: str, case: LinearCase, dtype: torch.dtype) -> bool:
+def affordable(runner: Runner, op: str, case: Case, dtype: torch.dtype) -> bool:
     """What `runner` is asked to compute: the dtypes it implements, and in milliseconds per tile only small cases."""
     if dtype not in runner.dtypes(op):
         return False
     if not runner.interpreted:
         return True
+    if isinstance(case, MixCase):
+        return case.rows * case.columns <= 8000 and (dtype == torch.float32 or case.layout == "contiguous")
     small = case.members * case.batch * case.outputs * (case.heads or 1) <= 1200
     if dtype != torch.float32:
         return small and case.activation in ("relu", "gelu") and case.shared and case.x_layout == "contiguous"
     return small and case.x_layout != "offset" and case.weight_layout in ("contiguous", "inner")
 
 
-def calls(cases: Iterable[tuple[str, LinearCase]], runners: Iterable[Runner]) -> list:
+def calls(cases: Iterable[tuple[str, Case]], runners: Iterable[Runner]) -> list:
     """Runners of the same call follow each other, and share its oracle."""
     return [
         pytest.param(op, case, dtype, runner, id=f"{op}-{case}-{name_of(dtype)}-{runner}")
@@ -34,7 +36,7 @@ def calls(cases: Iterable[tuple[str, LinearCase]], runners: Iterable[Runner]) ->
     ]
 
 
-def check(op: str, case: LinearCase, dtype: torch.dtype, runner: Runner, seed: int) -> None:
+def check(op: str, case: Case, dtype: torch.dtype, runner: Runner, seed: int) -> None:
     inputs, grad, exact, composition = sample(op, case, dtype, runner.device, seed)
     actual = derivatives(OPS[op].call, inputs, grad, **case.options(), backend=runner.backend)
     assert actual.keys() == exact.keys()

@@ -2,6 +2,8 @@
 
 from .ensemble_mlp import ensemble_mlp
 from .grouped_linear import grouped_linear
+from .mix_templates import mix_templates
+from .mixture_linear import mixture_linear
 from .multihead_linear import multihead_linear
 from .rank1_conv2d import rank1_conv1d, rank1_conv2d, rank1_conv_transpose2d
 from .rank1_linear import rank1_linear
@@ -9,6 +11,8 @@ from .rank1_linear import rank1_linear
 __all__ = [
     "ensemble_mlp",
     "grouped_linear",
+    "mix_templates",
+    "mixture_linear",
     "multihead_linear",
     "rank1_conv1d",
     "rank1_conv2d",

@@ -97,3 +97,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def one_by_one(op: Callable, size: int, in_dims, tensors, rest) -> list[Tensor]:
+    """A vmap rule's last resort: the op on each instance.
+
+    Results are stacked, but for those that are empty in place of nothing.
+    """
+    instances = [
+        op(*(t if d is None else t.select(d, v) for t, d in zip(tensors, in_dims)), *rest) for v in range(size)
+    ]
+    instances = [(found,) if isinstance(found, Tensor) else found for found in instances]
+    return [torch.stack(parts) if parts[0].dim() > 1 else parts[0] for parts in zip(*instances)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._registration import LIBRARY
+from .._registration import LIBRARY, one_by_one
 from .autograd import FORM
 
 _FACTORS = len(FORM.factors)
@@ -15,7 +15,7 @@ def _vmap_fwd(info, in_dims, x, weight, r, s, bias, activation, save_preactivati
     size, tensors = info.batch_size, (x, weight, r, s, bias)
     if in_dims[1] is not None:
         arguments = (activation, save_preactivation, backend)
-        y, z = _one_by_one(FORM.fwd_op, size, in_dims[:5], tensors, arguments)
+        y, z = one_by_one(FORM.fwd_op, size, in_dims[:5], tensors, arguments)
     else:
         mapped = [d is not None for d in in_dims[:5]]
         x, _, r, s, bias = (t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims))
@@ -38,16 +38,8 @@ def _vmap_fwd(info, in_dims, x, weight, r, s, bias, activation, save_preactivati
 def _vmap_bwd(info, in_dims, *arguments):
     tensors, rest = arguments[: _FACTORS + 2], arguments[_FACTORS + 2 :]
     need = rest[1:-1]
-    grads = _one_by_one(FORM.bwd_op, info.batch_size, in_dims[: _FACTORS + 2], tensors, rest)
+    grads = one_by_one(FORM.bwd_op, info.batch_size, in_dims[: _FACTORS + 2], tensors, rest)
     return tuple(grads), tuple(0 if n else None for n in need)
-
-
-def _one_by_one(op, size: int, in_dims, tensors, rest) -> list[Tensor]:
-    """The op on each instance; results stacked, but for those that are empty in place of nothing."""
-    instances = [
-        op(*(t if d is None else t.select(d, v) for t, d in zip(tensors, in_dims)), *rest) for v in range(size)
-    ]
-    return [torch.stack(parts) if parts[0].dim() > 1 else parts[0] for parts in zip(*instances)]
 
 
 torch.library.register_vmap("effens_kernels::rank1_linear_fwd", _vmap_fwd, lib=LIBRARY)

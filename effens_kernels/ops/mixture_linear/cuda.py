@@ -1,0 +1,9 @@
+"""mixture_linear on the CUDA C++ kernels of the compiled extension."""
+
+from __future__ import annotations
+
+from ..grouped_linear import cuda as linear
+from ..mix_templates import cuda as mixing
+from . import synthesis
+
+fwd, bwd = synthesis.over(mixing, linear)
