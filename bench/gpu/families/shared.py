@@ -62,15 +62,16 @@ LAUNCH = Column(
     launch_goals,
     LAUNCH_GRID,
 )
-# Few rows of a weight of 128 MiB and more, which no L2 holds; and many rows of narrow features, in precisions whose
-# products are fast enough for memory to be the bottleneck.
+# Few rows of a weight of 128 MiB and more, which no L2 holds, for few members, whose weights peers write out.  And many
+# rows of narrow features, in precisions whose products are fast enough for memory to be the bottleneck.
 MEMORY = Column(
     "memory",
     "Shared (BatchEnsemble), bound by memory",
     (
-        (one_layer(8, 1, 8192, 8192), ("bfloat16", "float32")),
-        (one_layer(32, 1, 8192, 8192), ("bfloat16",)),
-        (one_layer(32, 16384, 64, 64), ("bfloat16", "tf32")),
+        (one_layer(4, 1, 8192, 8192), ("bfloat16", "float32")),
+        (one_layer(8, 4, 8192, 8192), ("bfloat16",)),
+        (one_layer(32, 16384, 64, 64), ("bfloat16",)),
+        (one_layer(32, 8192, 64, 64), ("tf32",)),
     ),
     memory_goals,
     MEMORY_GRID,
