@@ -40,9 +40,9 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rank1_conv_transpose2d": {},
 }
 
-# On GPUs that have no table of measurements (`_tables`), torch's own batched products are taken where none of B, I and
-# O is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels
-# do not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
+# Of an op without a table of measurements on a GPU (`_tables`), torch's own products are taken where none of B, I and O
+# is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels do
+# not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
 # rank1_linear on a CPU: with fewer rows B than I*O divided by this, torch's composition is faster, one product over the

@@ -17,6 +17,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torc
 
 LOOP, COMPILE, OURS, LIMIT = "Python loop", "torch.compile", "effens_kernels", "limit"
 COMPILE_MAX = "torch.compile (max-autotune)"
+COMPILED = (COMPILE, COMPILE_MAX)
 PER_MEMBER = "mm per member"
 
 
