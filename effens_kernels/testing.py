@@ -356,7 +356,8 @@ def _large_mix_cases() -> Iterator[MixCase]:
 
 
 def _mixture_cases() -> Iterator[MixtureCase]:
-    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
+    yield MixtureCase(29, 1, 1, 1, templates=4)
+    for batch, inputs, outputs in [(1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
         yield MixtureCase(3, batch, inputs, outputs, templates=4)
     for activation in ACTIVATIONS:
         yield MixtureCase(2, 19, 23, 29, activation=activation, templates=5)
