@@ -24,7 +24,7 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
 
     def through_templates(x: Tensor, templates: Tensor) -> Tensor:
         """u: [T, B, O], or [T, E, B, O] where x has rows per member."""
-        u, _ = linear.fwd(x.reshape(-1, x.shape[-1]), templates, None, None, False)
+        u, _ = linear.fwd(x if x.dim() == 2 else x.flatten(0, 1), templates, None, None, False)
         return u.view(templates.shape[0], *x.shape[:-1], templates.shape[1])
 
     def fwd(x, coefficients, templates, bias, activation, save_preactivation):
@@ -39,23 +39,23 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
 
     def bwd(grad, x, coefficients, templates, saved, activation, *need):
         need_x, need_coefficients, need_templates, need_bias = need
-        nothing = x.new_empty(0)
         g = grad if activation is None else grad * ACTIVATIONS[activation].slope(saved)
-        u = through_templates(x, templates) if need_coefficients else nothing
+        dx, dcoefficients, dtemplates, db = (x.new_empty(0) for _ in need)
+        u = through_templates(x, templates) if need_coefficients else dcoefficients
         through = need_x or need_templates
         if x.dim() == 2:
             u = u if need_coefficients else g.new_empty(()).expand(templates.shape[0], *g.shape[1:])  # not read
             dcoefficients, h = mixing.bwd(g.flatten(1), coefficients, u.flatten(1), need_coefficients, through)
         else:
-            dcoefficients = nothing
             if need_coefficients:  # [E, 1, B*O] [E, B*O, T]
                 dcoefficients = torch.bmm(g.flatten(1).unsqueeze(1), u.flatten(2).permute(1, 2, 0)).squeeze(1)
-            h = coefficients.t().contiguous()[:, :, None, None] * g if through else nothing
-        dx = dtemplates = nothing
+            h = coefficients.t().contiguous()[:, :, None, None] * g if through else dx
         if through:
-            rows, h = x.reshape(-1, x.shape[-1]), h.view(templates.shape[0], -1, templates.shape[1])
-            dx, dtemplates, _ = linear.bwd(h, rows, templates, nothing, None, need_x, need_templates, False)
-            dx = dx.view(x.shape) if need_x else dx
-        return dx, dcoefficients, dtemplates, g.sum(1) if need_bias else nothing
+            rows = x if x.dim() == 2 else x.flatten(0, 1)
+            h = h.view(templates.shape[0], rows.shape[0], templates.shape[1])
+            dx, dtemplates, _ = linear.bwd(h, rows, templates, x.new_empty(0), None, need_x, need_templates, False)
+            if need_x and x.dim() == 3:
+                dx = torch.empty_like(x).copy_(dx.view(x.shape)) if not x.is_contiguous() else dx.view(x.shape)
+        return dx, dcoefficients, dtemplates, g.sum(1) if need_bias else db
 
     return fwd, bwd
