@@ -45,11 +45,18 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 # not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
-# rank1_linear on a CPU: with fewer rows B than I*O divided by this, torch's composition is faster, one product over the
-# rows of all members, in training or without gradients.  Measured for I, O of 64 to 1024 and 3072 x 128, float32 and
-# bfloat16, one thread of an AVX-512 processor, 2026-11-22: the crossing lies within a factor of 2 of this line.  Not
-# for float16, whose range the composition's unscaled outputs may leave.
-FEW_ROWS = {True: 1 << 12, False: 1 << 14}
+# On a CPU, with fewer rows B than I*O divided by this, torch's composition is faster, in training or without gradients.
+# Measured on one thread of an AVX-512 processor, 2026-11-22, and right within a factor of 2 in B:
+#   rank1_linear     I, O of 64 to 1024 and 3072 x 128; one product over the rows of all members, no sums per member
+#   grouped_linear   large weights alone; each is packed for a product that reads it once
+# Not for float16, whose range the composition's unscaled outputs may leave.
+FEW_ROWS = {
+    "rank1_linear": {
+        torch.float32: {True: 1 << 12, False: 1 << 14},
+        torch.bfloat16: {True: 1 << 12, False: 1 << 14},
+    },
+    "grouped_linear": {torch.float32: {True: 1 << 17, False: 1 << 16}},
+}
 
 
 class Problem(NamedTuple):
@@ -146,14 +153,15 @@ def selects(backend: str, op: str, dtype: torch.dtype, requested: str | None) ->
         return False
 
 
-def has_few_rows(dtype: torch.dtype, rows: int, inputs: int, outputs: int, training: bool) -> bool:
-    """Whether rank1_linear on the CPU is faster as torch's composition (`FEW_ROWS`).
+def has_few_rows(op: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int, training: bool) -> bool:
+    """Whether `op` on the CPU is faster as torch's composition (`FEW_ROWS`).
 
     Not asked when compiling: the answer would bind an exported program to one side of the line.
     """
-    if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    lines = FEW_ROWS.get(op, {}).get(dtype)
+    if lines is None or torch.compiler.is_compiling():
         return False
-    return rows * FEW_ROWS[training] < inputs * outputs
+    return rows * lines[training] < inputs * outputs
 
 
 def select(problem: Problem, requested: str | None = None) -> str:
@@ -167,8 +175,8 @@ def select(problem: Problem, requested: str | None = None) -> str:
             leaves_range = problem.op == "rank1_linear" and problem.dtype == torch.float16
             if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM and not leaves_range:
                 return "reference"
-        if problem.op == "rank1_linear" and problem.device == "cpu" and problem.sizes:
-            if has_few_rows(problem.dtype, *problem.sizes[1:], problem.training):
+        if problem.op in FEW_ROWS and problem.device == "cpu" and problem.sizes:
+            if has_few_rows(problem.op, problem.dtype, *problem.sizes[1:], problem.training):
                 return "reference"
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:
