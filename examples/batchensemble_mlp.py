@@ -19,7 +19,7 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from batchensemble_models import BatchEnsemble, BroadcastBatchEnsemble, LoopEnsemble, StackedEnsemble
-from image_data import Images, cifar10, digits
+from image_data import Images, load
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -185,7 +185,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     try:
-        data = digits(args.seed) if args.data == "digits" else cifar10(args.root)
+        data = load(args.data, args.root, args.seed)
     except RuntimeError as error:
         raise SystemExit(f"batchensemble_mlp: {error}") from None
     console.rule("[bold]BatchEnsemble and a classical ensemble of MLPs")
