@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import nn
+from . import metrics, nn
 from ._config import show_config
 from ._version import __version__
 from .ops import (
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "ensemble_mlp",
     "grouped_linear",
+    "metrics",
     "mix_templates",
     "mixture_conv1d",
     "mixture_conv2d",
