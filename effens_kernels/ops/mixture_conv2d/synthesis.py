@@ -56,15 +56,16 @@ def bwd(
         weights = shaped(kernels(backend).fwd(coefficients, columns))
     else:  # not read
         weights = templates[:1].expand(len(coefficients), *templates.shape[1:])
-    products = shaped(mixed := columns.new_empty(len(coefficients), columns.shape[1])) if need_weights else None  # G
-    for e, weight in enumerate(weights) if need_x or need_weights else ():
-        product = members.member(e, weight)
-        if need_weights:
-            products[e].copy_(product)
     dcoefficients = dtemplates = None
     if need_weights:
-        del weights
-        dcoefficients, dtemplates = kernels(backend).bwd(mixed, coefficients, columns, *need_mixing)
+        products = columns.new_empty(len(coefficients), columns.shape[1])  # G
+        for e, (weight, product) in enumerate(zip(weights, shaped(products))):
+            product.copy_(members.member(e, weight))
+        del weights, weight
+        dcoefficients, dtemplates = kernels(backend).bwd(products, coefficients, columns, *need_mixing)
+    elif need_x:
+        for e, weight in enumerate(weights):
+            members.member(e, weight)
     return (
         members.dx(),
         dcoefficients if need_mixing[0] else None,
