@@ -45,9 +45,9 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rank1_conv_transpose2d": {},
 }
 
-# On GPUs that have no table of measurements (`_tables`), torch's own batched products are taken where none of B, I and
-# O is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels
-# do not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
+# Of an op without a table of measurements on a GPU (`_tables`), torch's own products are taken where none of B, I and O
+# is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels do
+# not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
 # rank1_linear on a CPU: with fewer rows B than I*O divided by this, torch's composition is faster, one product over the
@@ -169,7 +169,8 @@ def select(problem: Problem, requested: str | None = None) -> str:
             backend = _measured(problem)
             if backend is not None and why_not(backend, problem) is None:
                 return backend
-            if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM:
+            leaves_range = problem.op == "rank1_linear" and problem.dtype == torch.float16
+            if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM and not leaves_range:
                 return "reference"
         if problem.op == "rank1_linear" and problem.device == "cpu" and problem.sizes:
             if has_few_rows(problem.dtype, *problem.sizes[1:], problem.training):
@@ -186,6 +187,27 @@ def select(problem: Problem, requested: str | None = None) -> str:
     if reason is not None:
         raise ValueError(f"{problem.op}: backend {requested!r} cannot run this call: {reason}")
     return requested
+
+
+def mixture_route(problem: Problem, templates: int, shared: bool) -> str:
+    """How mixture_linear runs: as "weights" mixed, then one product per member, or as "outputs" of templates mixed.
+
+    Outputs take T products of all rows, which are B if `shared` and else E*B, and no weight of a member; weights take E
+    products of B rows, and are written and read besides.  On a CPU the costs below, in multiply-adds, decide: fitted to
+    180 sizes (E 4 to 32, T 4 to 16, B 1 to 256, I = O 64 to 512, float32, training, one thread of an AVX-512
+    processor, 2026-11-22), where the loser took up to 14 times as long, and the choice is wrong by 1.3 at most.  On a
+    GPU, which has not been measured, the number of products decides.  Not outputs in float16, whose range they may
+    leave.
+    """
+    members, batch, inputs, outputs = problem.sizes
+    rows = batch if shared else members * batch
+    if problem.dtype == torch.float16:
+        return "weights"
+    if problem.device != "cpu":
+        return "outputs" if templates * rows < members * batch else "weights"
+    size = inputs * outputs
+    by_outputs = templates * ((4 * rows + 30) * size + 4 * members * batch * outputs) + (1 << 21)
+    return "outputs" if by_outputs < members * (3 * batch + 90) * size else "weights"
 
 
 def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: bool = False) -> str:
