@@ -47,7 +47,8 @@ def _mixed(coefficients: Tensor, templates: Tensor, backend: str) -> Tensor:
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    """Of one weight; torch.func.vmap has no `is_contiguous` of a memory format."""
+    return not t.is_contiguous() and t.movedim(0, -1).is_contiguous()
 
 
 def _nothing(x: Tensor, weights: Tensor, bias: Tensor | None, options: Options) -> Tensor:
