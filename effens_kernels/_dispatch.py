@@ -28,13 +28,18 @@ _HALF = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, *_HALF)
 _ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
 
+_MIXING = {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
+
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
-    "mix_templates": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "mix_templates": _MIXING,
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "mixture_conv1d": _MIXING,  # see `mixture_conv_route`
+    "mixture_conv2d": _MIXING,
+    "mixture_conv_transpose2d": _MIXING,
     "rank1_conv1d": {},  # see `rank1_conv_route`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},
@@ -234,6 +239,19 @@ def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: 
     if pointwise and problem.device == "cpu" and selects("cpu", "rank1_linear", problem.dtype, "cpu"):
         return "rank1_linear"
     return "folded"
+
+
+def mixture_conv_route(problem: Problem, requested: str | None = None) -> tuple[str, bool]:
+    """How a convolution of mixed weights runs: the backend that mixes, and whether autograd is to see all of it.
+
+    `problem.sizes` are those of mix_templates: rows, templates, numbers of a template.  Chosen automatically, mixing
+    runs where mix_templates would.  The convolution is PyTorch's once per member, see `rank1_conv_route`; for a 1 x 1
+    kernel too, where mixture_linear of pixels has not been measured against it.
+    """
+    if (_env.BACKEND if requested is None else requested) is None:
+        return select(problem._replace(op="mix_templates")), False
+    backend = select(problem, requested)
+    return backend, backend == "reference"
 
 
 def _measured(problem: Problem) -> str | None:

@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 import effens_kernels as ek
 
@@ -80,12 +79,11 @@ class Quality:
 def evaluate(model: nn.Module, data: Images) -> Quality:
     parts = [model(x) for x in data.x_test.split(1024)]
     logits, y = torch.cat(parts, dim=1), data.y_test  # [E, N, classes]
-    mean = logits.softmax(-1).mean(0)
     return Quality(
-        member_accuracy=(logits.argmax(-1) == y).float().mean().item(),
-        accuracy=(mean.argmax(-1) == y).float().mean().item(),
-        nll=F.nll_loss(mean.clamp_min(1e-12).log(), y).item(),
-        ece=multiclass_calibration_error(mean, y, num_classes=data.num_classes, n_bins=15).item(),
+        member_accuracy=ek.metrics.member_accuracies(logits, y).mean().item(),
+        accuracy=ek.metrics.accuracy(logits, y).item(),
+        nll=ek.metrics.nll(logits, y).item(),
+        ece=ek.metrics.ece(logits, y, n_bins=15).item(),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import rank1_conv2d, rank1_linear
 from ..ops._checks import reject
-from ..ops.rank1_conv2d.options import Numbers, numbers
+from ..ops._convolution import Numbers, numbers
 from ._layout import as_given, checked_activation, layout_repr, members_first, one_layout, one_member, positive
 
 INITS = ("normal", "random_sign", "ones")
