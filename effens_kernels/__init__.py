@@ -1,8 +1,9 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import nn
+from . import ensembles, nn
 from ._config import show_config
 from ._version import __version__
+from .ensembles import convert
 from .ops import (
     ensemble_mlp,
     grouped_linear,
@@ -17,7 +18,9 @@ from .ops import (
 
 __all__ = [
     "__version__",
+    "convert",
     "ensemble_mlp",
+    "ensembles",
     "grouped_linear",
     "mix_templates",
     "mixture_linear",

@@ -102,23 +102,28 @@ class _Mixture(nn.Module):
     @torch.no_grad()
     def _take(self, layer: nn.Module, spread: float) -> None:
         """Members around a plain layer: its weight is the first template, and the other coefficients' mean is 0."""
-        if isinstance(spread, bool) or not isinstance(spread, (int, float)):
-            reject(type(self).__name__, "spread", "a number", repr(spread), TypeError)
         weight = layer.weight.detach()
         self.std = self.bank.std = rms([weight]) or self.std
         self.reset_parameters()
         if weight.dim() == 4 and not weight.is_contiguous():
             self.bank.to(memory_format=torch.channels_last)
-        self.bank.templates[0] = weight
-        self.coefficients[:, 0] = 0
-        others = self.coefficients * spread
-        others -= others.mean(0)
-        self.coefficients.copy_(others)
-        self.coefficients[:, 0] = 1
+        self.begin_around(weight, 0, spread)
         if layer.bias is not None:
             bias = layer.bias.detach()
             self.bias = nn.Parameter(bias.clone() if self.shared_bias else bias.repeat(self.num_members, 1))
         self.train(layer.training)
+
+    @torch.no_grad()
+    def begin_around(self, weight: Tensor, which: int, spread: float) -> None:
+        """Put a weight in place of the member's `which`-th template, with coefficient 1 in all members, whose other
+        coefficients become `spread` times what they are, less their mean over the members: the mean of the members'
+        weights is `weight`."""
+        if isinstance(spread, bool) or not isinstance(spread, (int, float)):
+            reject(type(self).__name__, "spread", "a number", repr(spread), TypeError)
+        self.bank.view(self.templates_of(0)[which], 1, self.shape)[0] = weight
+        self.coefficients.mul_(spread)
+        self.coefficients.sub_(self.coefficients.mean(0))
+        self.coefficients[:, which] = 1
 
     # ---------------------------------------------------------------------------------- which templates, how much
 
@@ -135,8 +140,7 @@ class _Mixture(nn.Module):
             coefficients = coefficients[member : member + 1]
             shift = (shift + member * self.num_templates) % span if self.disjoint else shift
             if shift + self.num_templates <= span:
-                step = 1 if self.bank.shape else prod(self.shape)
-                start, span, shift = start + shift * step, self.num_templates, 0
+                start, span, shift = start + shift * self._step(), self.num_templates, 0
         elif self.disjoint:  # [E, E*k], each member's in columns of its own
             coefficients = torch.diag_embed(coefficients.t()).permute(1, 2, 0).flatten(1)
         if shift or coefficients.shape[1] != span:  # templates past the view's end are those from its start on
@@ -148,8 +152,11 @@ class _Mixture(nn.Module):
         """Which templates a member combines, in the order of its coefficients; in a blob, where each begins."""
         start, span, shift, _ = self.run
         shift += member % self.num_members * self.num_templates if self.disjoint else 0
-        step = 1 if self.bank.shape else prod(self.shape)
-        return [start + (shift + k) % span * step for k in range(self.num_templates)]
+        return [start + (shift + k) % span * self._step() for k in range(self.num_templates)]
+
+    def _step(self) -> int:
+        """From one template to the next, in the bank's first axis."""
+        return 1 if self.bank.shape else prod(self.shape)
 
     def fold(self, member: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Plain weights `[E, *shape]` and biases `[E, O]`, or those of one member `[*shape]` and `[O]`."""
