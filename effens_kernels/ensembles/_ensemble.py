@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops._checks import reject
 from ._summary import Summary
-from ._surgery import replaced
+from ._surgery import is_ours, replaced
 
 
 class Ensemble(nn.Module):
@@ -65,14 +65,13 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def member(self, member: int) -> nn.Module:
-        """Member e (from the end, if negative) as a model of its own, of the original classes, with copies of its
-        weights."""
+        """Member e (from the end, if negative) as a model of the original classes, with weights of its own."""
         layer, count = type(self).__name__, self.num_members
         if isinstance(member, bool) or not isinstance(member, int):
             reject(layer, "member", "an int", repr(member), TypeError)
         if not -count <= member < count:
             reject(layer, "member", f"in [-{count}, {count})", repr(member), IndexError)
-        layers = [module for module in self.model.modules() if hasattr(module, "_plain")]
+        layers = [module for module in self.model.modules() if is_ours(module)]
         return replaced(self.model, {module: module._plain(member % count) for module in layers})
 
     def summary(self) -> Summary:

@@ -41,7 +41,7 @@ class Sites:
             found.setdefault(id(module), Site(module, [])).paths.append(path)
         self.all = list(found.values())
         for site in self.all:
-            if type(site.module).__module__.startswith("effens_kernels."):
+            if is_ours(site.module):
                 reject("convert", "model", "plain", f"{type(site.module).__name__} at {site}")
         meant = self._matching("include", include) if include is not None else self.all
         left = {id(site.module) for site in self._matching("exclude", exclude)}
@@ -88,6 +88,11 @@ class Sites:
                     continue
                 expected = "of layers whose parameters are their own (exclude both to share them as they are)"
                 reject("convert", "model", expected, f"{name} of {site} tied to {other}")
+
+
+def is_ours(module: nn.Module) -> bool:
+    """A layer or an ensemble of this package."""
+    return type(module).__module__.startswith(f"{__package__.partition('.')[0]}.")
 
 
 def replaced(model: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -207,6 +207,7 @@ class _Build:
         """A bank for the layers of a group, which take their templates in turn."""
         weights = [layer.weight for layer in group.layers]
         bank = TemplateBank(templates, group.shape, std=rms(weights), **_place(weights[0]))
+        bank.lie_like(weights[0])
         self.banks[group.name] = bank
         end = 0
         for layer in group.layers:

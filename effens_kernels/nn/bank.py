@@ -100,6 +100,11 @@ class TemplateBank(nn.Module):
         part = self.templates if length == len(self.templates) else self.templates[start : start + length]
         return part if self.shape else part.view(count, *shape)
 
+    def lie_like(self, weight: Tensor) -> None:
+        """Take the memory format of a plain weight."""
+        if weight.dim() == 4 and not weight.is_contiguous():
+            self.to(memory_format=torch.channels_last)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TemplateBank:
         """Templates of a convolution go through as [T*O, C, kh, kw], which may become channels_last."""
 

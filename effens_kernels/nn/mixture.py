@@ -105,8 +105,7 @@ class _Mixture(nn.Module):
         weight = layer.weight.detach()
         self.std = self.bank.std = rms([weight]) or self.std
         self.reset_parameters()
-        if weight.dim() == 4 and not weight.is_contiguous():
-            self.bank.to(memory_format=torch.channels_last)
+        self.bank.lie_like(weight)
         self.begin_around(weight, 0, spread)
         if layer.bias is not None:
             bias = layer.bias.detach()
@@ -115,9 +114,11 @@ class _Mixture(nn.Module):
 
     @torch.no_grad()
     def begin_around(self, weight: Tensor, which: int, spread: float) -> None:
-        """Put a weight in place of the member's `which`-th template, with coefficient 1 in all members, whose other
-        coefficients become `spread` times what they are, less their mean over the members: the mean of the members'
-        weights is `weight`."""
+        """Put a plain weight in place of the `which`-th template that members combine.
+
+        Its coefficient becomes 1 in all members, and their other ones `spread` times what they are, less the mean over
+        the members: the mean of the members' weights is the plain one.
+        """
         if isinstance(spread, bool) or not isinstance(spread, (int, float)):
             reject(type(self).__name__, "spread", "a number", repr(spread), TypeError)
         self.bank.view(self.templates_of(0)[which], 1, self.shape)[0] = weight
@@ -186,10 +187,11 @@ class _Mixture(nn.Module):
 
     @torch.no_grad()
     def _filled(self, plain: nn.Module, member: int) -> nn.Module:
+        """`plain`, made on the meta device (which draws no random numbers), with the weights of a member."""
         weight, bias = self.fold(member)
-        plain.weight.copy_(weight)
+        plain.weight = nn.Parameter(weight.clone())
         if bias is not None:
-            plain.bias.copy_(bias)
+            plain.bias = nn.Parameter(bias.clone())
         return plain.train(self.training)
 
     def _repr(self) -> str:
@@ -307,8 +309,8 @@ class MixtureLinear(_Mixture):
         return mixture_linear(x, coefficients, templates, bias, activation=self.activation)
 
     def _plain(self, member: int) -> nn.Linear:
-        place = {"device": self.coefficients.device, "dtype": self.coefficients.dtype}
-        return self._filled(nn.Linear(self.in_features, self.out_features, self.bias is not None, **place), member)
+        bias = self.bias is not None
+        return self._filled(nn.Linear(self.in_features, self.out_features, bias, device="meta"), member)
 
     def extra_repr(self) -> str:
         return (
@@ -402,9 +404,8 @@ class MixtureConv2d(_Mixture, Convolution):
         return mixture_conv2d(x, coefficients, templates, bias, self.stride, padding, self.dilation, self.groups)
 
     def _plain(self, member: int) -> nn.Conv2d:
-        place = {"device": self.coefficients.device, "dtype": self.coefficients.dtype}
         how = self.stride, self.padding, self.dilation, self.groups, self.bias is not None, self.padding_mode
-        conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, *how, **place)
+        conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, *how, device="meta")
         return self._filled(conv, member)
 
     def extra_repr(self) -> str:
