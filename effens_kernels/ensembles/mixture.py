@@ -84,7 +84,7 @@ class MixtureEnsemble(Ensemble):
         >>> ensemble(torch.randn(32, 8)).shape
         torch.Size([4, 32, 4])
         >>> ensemble.summary().rows[1]
-        ('Linear 64x64', 8, 16, 5, 65536, 552)
+        ('Linear_64x64', 8, 15, 5, 61440, 552)
         >>> optimizer = torch.optim.SGD(ensemble.optimizer_groups(weight_decay=5e-4), lr=0.1, momentum=0.9)
     """
 
@@ -130,9 +130,9 @@ class MixtureEnsemble(Ensemble):
             tuple(map(tuple, self.shares)),
             ("all", None, None, None, shared, own),
             (
-                f"{total:,} parameters in all ({total / self.plain:.2f} times the plain model); "
-                f"{self.budget - total:,} of the budget of {self.budget:,} are left over.",
-                f"{self.num_members} plain models have {self.num_members * self.plain:,}.",
+                f"{total:,} parameters in all, {total / self.plain:.2f} times the plain model",
+                f"{self.budget - total:,} of the budget of {self.budget:,} are left over",
+                f"{self.num_members * self.plain:,} in {self.num_members} plain models",
             ),
         )
 

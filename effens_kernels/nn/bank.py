@@ -38,12 +38,13 @@ class TemplateBank(nn.Module):
     A layer that is given a bank refers to it without owning it: register the bank once, next to its layers, as here.
 
     Example:
+        >>> import torch, effens_kernels as ek
         >>> class Net(torch.nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.bank = TemplateBank(4, (64, 64))  # 4 templates for both layers of all members
-        ...         self.first = MixtureLinear(64, 64, num_members=5, num_templates=3, bank=self.bank)
-        ...         self.second = MixtureLinear(64, 64, num_members=5, num_templates=3, bank=self.bank, start=3)
+        ...         self.bank = ek.nn.TemplateBank(4, (64, 64))  # 4 templates for both layers of all members
+        ...         self.first = ek.nn.MixtureLinear(64, 64, num_members=5, num_templates=3, bank=self.bank)
+        ...         self.second = ek.nn.MixtureLinear(64, 64, num_members=5, num_templates=3, bank=self.bank, start=3)
         ...
         ...     def forward(self, x):
         ...         return self.second(self.first(x).relu())
