@@ -245,16 +245,26 @@ def test_round_robin():
 
 def test_disjoint():
     """By hand: members of a layer take the next templates each, and start over when there are no more."""
-    assert assigned(with_templates(2, 12, 3, 2, True)) == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]]
-    assert assigned(with_templates(2, 8, 3, 2, True)) == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [0, 1], [2, 3]]]
-    assert assigned(with_templates(2, 5, 2, 2, True)) == [[[0, 1], [2, 3]], [[4, 0], [1, 2]]]
+    first, second, third, *_ = assigned(with_templates(6, 12, 3, 2, True))
+    assert [first, second] == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [8, 9], [10, 11]]]
+    assert third == first
+    assert assigned(with_templates(3, 8, 3, 2, True))[:2] == [[[0, 1], [2, 3], [4, 5]], [[6, 7], [0, 1], [2, 3]]]
+    assert assigned(with_templates(3, 5, 2, 2, True)) == [[[0, 1], [2, 3]], [[4, 0], [1, 2]], [[3, 4], [0, 1]]]
 
 
 def test_no_template_is_left_unused():
     """More are combined where a bank has more than its layers would take."""
-    ensemble = ek.convert(mlp(2, bias=False), "mixture", 2, budget=13 * 64 + 4 * 7, templates_per_layer=3)
-    assert assigned(ensemble) == [[[0, 1, 2, 3, 4, 5, 6]], [[7, 8, 9, 10, 11, 12, 0]]]
+    ensemble = ek.convert(mlp(2, bias=False), "mixture", 4, budget=7 * 64 + 8 * 4, templates_per_layer=3)
+    assert assigned(ensemble) == [[[0, 1, 2, 3]], [[4, 5, 6, 0]]]
     assert count(ensemble) == ensemble.budget
+
+
+@pytest.mark.parametrize("options", [{}, {"single_blob": True}])
+def test_no_more_templates_than_a_plain_ensemble_has_weights(options):
+    ensemble = ek.convert(mlp(4, bias=False), "mixture", 3, budget="10x", **options)
+    (bank,) = ensemble.banks.values()
+    assert bank.templates.numel() == 3 * 4 * 64
+    assert f"{ensemble.budget - count(ensemble):,} of the budget" in ensemble.summary().notes[1]
 
 
 def test_blob_parts_in_the_order_of_the_model():
@@ -274,11 +284,12 @@ def test_blob_parts_in_the_order_of_the_model():
 def test_shares_and_remainders():
     """By hand, of groups with shares of 3.4 and 3.4 templates of 100 and 10: 3 and 3 whole, then 44 for 10's, up to
     twice its share."""
-    sizes = [_budget.Size(100, 2, 0), _budget.Size(10, 2, 0)]
-    rule = _budget.Rule(members=1, per_layer=5, disjoint=False, bank_single_layers=False, others=0)
-    assert _budget.plan(sizes, 374 + 12, rule) == [3, 7]
-    assert _budget.plan(sizes, 330 + 12, rule) == [3, 3]
-    assert _budget.plan(sizes, 374 + 12 + 70, rule) == [4, 4]
+    sizes = [_budget.Size(100, 4, 0), _budget.Size(10, 4, 0)]
+    rule = _budget.Rule(members=4, per_layer=2, disjoint=False, bank_single_layers=False, others=0)
+    coefficients = 4 * 8 * 2
+    assert _budget.plan(sizes, 374 + coefficients, rule) == [3, 7]
+    assert _budget.plan(sizes, 330 + coefficients, rule) == [3, 3]
+    assert _budget.plan(sizes, 444 + coefficients, rule) == [4, 4]
 
 
 def test_too_small_a_share_becomes_one_layer_for_all():
@@ -354,11 +365,12 @@ def test_keep_weights():
     x = torch.randn(B, 3, 6, 5, **DOUBLE)
     close(ek.convert(model, "mixture", 1, budget="2x", keep_weights=True).eval()(x)[0], model.eval()(x))
     for layers, templates, k in [(7, 7, 5), (4, 10, 5), (6, 6, 3), (5, 8, 2), (6, 9, 6)]:
-        budget = templates * 64 + layers * k
+        budget = templates * 64 + 3 * layers * max(k, -(-templates // layers))
         plain = mlp(layers, bias=False).double()
-        one = ek.convert(plain, "mixture", 1, budget=budget, keep_weights=True, templates_per_layer=k)
-        assert one.banks["Linear_8x8"].templates.shape[0] == templates
-        close(one(x[:, 0, 0, :1].expand(-1, 8))[0], plain(x[:, 0, 0, :1].expand(-1, 8)))
+        kept = ek.convert(plain, "mixture", 3, budget=budget, keep_weights=True, templates_per_layer=k)
+        assert kept.banks["Linear_8x8"].templates.shape[0] == templates
+        for layer, linear in zip(mixtures(kept), plain[::2]):
+            close(layer.fold()[0].mean(0), linear.weight)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -515,11 +527,13 @@ def test_include_and_exclude():
 
 
 def test_layers_of_different_types_and_dtypes_are_groups_of_their_own():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8).double(), nn.Linear(8, 8).double())
+    dtypes = torch.float32, torch.float64, torch.bfloat16
+    model = nn.Sequential(*(nn.Linear(8, 8, dtype=dtype) for dtype in dtypes for _ in range(2)))
     ensemble = ek.convert(model, "mixture", E, budget="2x")
     assert {name: bank.templates.dtype for name, bank in ensemble.banks.items()} == {
         "Linear_8x8": torch.float32,
         "Linear_8x8_2": torch.float64,
+        "Linear_8x8_3": torch.bfloat16,
     }
 
 

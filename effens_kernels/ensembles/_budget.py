@@ -34,6 +34,10 @@ class Rule(NamedTuple):
         """How many weights take templates in turn."""
         return layers * self.members if self.disjoint else layers
 
+    def most(self, size: Size) -> int:
+        """Templates that a group may have: as many as a plain ensemble has weights."""
+        return self.members * size.layers
+
     def combined(self, templates: int, layers: int) -> int:
         """Templates per weight: no more than there are, and enough that none is left unused."""
         return max(min(self.per_layer, templates), -(-templates // self.slots(layers)))
@@ -105,7 +109,7 @@ def _shares(sizes: Sequence[Size], budget: int, rule: Rule, banked: list[int]) -
     while True:  # more templates may be combined by more coefficients, which leaves less for templates
         spare = max(budget - fixed - coefficients, 0)
         for g in banked:
-            templates[g] = spare * sizes[g].layers // weights
+            templates[g] = min(spare * sizes[g].layers // weights, rule.most(sizes[g]))
         combined = sum(sizes[g].layers * rule.combined(templates[g], sizes[g].layers) for g in banked)
         if rule.members * combined <= coefficients:
             return templates
@@ -117,9 +121,8 @@ def _with_remainders(
 ) -> list[int]:
     weights = sum(sizes[g].weight * sizes[g].layers for g in banked)
     shares = {g: budget * sizes[g].layers / weights for g in banked}  # up to a factor that all have
-    # Twice the share and no more than layers have use for, lest the smallest groups swell with what is too little for
-    # one template of the others.
-    most = {g: max(templates[g], min(2 * templates[g] + 1, _useful(sizes[g], rule))) for g in banked}
+    # Lest the smallest groups swell with what is too little for one template of the others.
+    most = {g: min(2 * templates[g] + 1, rule.most(sizes[g])) for g in banked}
     left = budget - rule.total(sizes, templates)
     while True:
         fitting = []
@@ -132,10 +135,6 @@ def _with_remainders(
         *_, g, more = min(fitting)
         templates[g] += 1
         left -= more
-
-
-def _useful(size: Size, rule: Rule) -> int:
-    return rule.slots(size.layers) * rule.per_layer
 
 
 def blob(sizes: Sequence[Size], budget: int, rule: Rule) -> tuple[int, list[int]]:
@@ -151,7 +150,7 @@ def blob(sizes: Sequence[Size], budget: int, rule: Rule) -> tuple[int, list[int]
 def _blob(sizes: Sequence[Size], budget: int, rule: Rule) -> tuple[int, list[int]] | None:
     room = budget - rule.others - rule.members * sum(size.biases for size in sizes)
     weights = sum(size.weight * rule.slots(size.layers) for size in sizes)
-    numbers = room
+    numbers = min(room, sum(size.weight * rule.most(size) for size in sizes))
     while numbers > 0:
         most = max(rule.per_layer, -(-numbers // weights))
         combined = [min(most, numbers // size.weight) for size in sizes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from ..nn import EnsembleBatchNorm1d, EnsembleBatchNorm2d, MixtureConv2d, MixtureLinear, TemplateBank
 from ..nn._layout import positive
+from ..nn._mixture import Mixture, rms
 from ..nn.bank import usual_std
-from ..nn.mixture import _Mixture, rms
 from ..nn.norm import _EnsembleBatchNorm
 from ..ops._checks import reject
 from . import _budget
@@ -61,7 +62,7 @@ class MixtureEnsemble(Ensemble):
 
     Options of `convert`:
         budget: how many parameters the ensemble may have in all, as a number (`36_500_000`, `"36.5M"`) or a multiple
-            of the plain model's (`"2x"`, `2.0`).
+            of the plain model's (`"2x"`, `2.0`).  More than E plain models have is not used.
         templates_per_layer: how many templates a layer of a member combines; fewer where its bank has fewer, more where
             a bank has templates that would be left over.
         assignment: "shared", the layer combines the same templates in all members, or "disjoint", members combine
@@ -110,7 +111,7 @@ class MixtureEnsemble(Ensemble):
         """
         free: dict[int, nn.Parameter] = {}
         for module in self.modules():
-            if isinstance(module, _Mixture):
+            if isinstance(module, Mixture):
                 free[id(module.coefficients)] = module.coefficients
             elif isinstance(module, _EnsembleBatchNorm) and not decay_norms:
                 free.update({id(p): p for p in module.parameters()})
@@ -245,7 +246,7 @@ class _Build:
     def keep(self, group: Group, spread: float) -> None:
         """Each layer's weight in a template of its own, which all members take once; the rest cancels out."""
         layers = [self.layers[layer] for layer in group.layers]
-        if not isinstance(layers[0], _Mixture):
+        if not isinstance(layers[0], Mixture):
             return
         runs = [layer.templates_of(0) for layer in layers]
         for plain, layer, run, template in zip(group.layers, layers, runs, _one_of_each(runs)):
@@ -276,11 +277,12 @@ def _groups(layers: list[nn.Module]) -> list[Group]:
     alike: dict[tuple, list[nn.Module]] = {}
     for layer in layers:
         alike.setdefault((type(layer), tuple(layer.weight.shape), *_place(layer.weight).values()), []).append(layer)
-    names: list[str] = []
-    for kind, shape, *_ in alike:
+    groups, seen = [], Counter()
+    for (kind, shape, *_), members in alike.items():
         name = f"{kind.__name__}_{'x'.join(map(str, shape))}"
-        names.append(f"{name}_{names.count(name) + 1}" if name in names else name)
-    return [Group(name, key[1], members) for name, (key, members) in zip(names, alike.items())]
+        seen[name] += 1  # more than once: of several dtypes or devices
+        groups.append(Group(name if seen[name] == 1 else f"{name}_{seen[name]}", shape, members))
+    return groups
 
 
 def _place(weight: Tensor) -> dict[str, object]:
