@@ -1,8 +1,9 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import metrics, nn
+from . import ensembles, metrics, nn
 from ._config import show_config
 from ._version import __version__
+from .ensembles import convert
 from .ops import (
     ensemble_mlp,
     grouped_linear,
@@ -20,7 +21,9 @@ from .ops import (
 
 __all__ = [
     "__version__",
+    "convert",
     "ensemble_mlp",
+    "ensembles",
     "grouped_linear",
     "metrics",
     "mix_templates",
