@@ -195,8 +195,8 @@ def show(trainees: list[Trainee], qualities: list[Quality], data: Images) -> Non
         title=f"\nOn {len(data.y_test):,} images of {data.name} that no model has seen",
         title_justify="left",
         title_style="bold",
-        caption="ensemble: mean of the members' probabilities; NLL in nats; ECE over 15 bins; diversity: how often two "
-        "members differ,\nover the error of one; time: median epoch",
+        caption="ensemble: mean of the members' probabilities; NLL in nats; ECE over 15 bins;\n"
+        "diversity: how often two members differ, over the error of one; time: median epoch",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -271,7 +271,10 @@ def main() -> None:
         f"batches of {args.batch}, {args.epochs} epochs\n"
         f"[dim]effens_kernels {ek.__version__}, torch {torch.__version__}, threads: {args.threads}[/]"
     )
-    trainees = trainees_for(data, args)
+    try:
+        trainees = trainees_for(data, args)
+    except ValueError as error:  # a depth or a budget that cannot be
+        raise SystemExit(f"mixture_ensembles: {error}") from None
     if args.budgets:
         console.print(trainees[1].model.summary())
     train(trainees, data, args)
@@ -290,10 +293,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=float, nargs="+", default=[0.4, 1.0, 2.0, 3.3], help="parameters, in networks"
     )
-    parser.add_argument("--depth", type=int, default=28, help="of the network, 6 n + 4 (%(default)s)")
+    parser.add_argument("--depth", type=int, default=22, help="of the network, 6 n + 4 (%(default)s)")
     parser.add_argument("--width", type=int, default=1, help="times the base (%(default)s)")
     parser.add_argument("--base", type=int, default=8, help="channels of the first layer (%(default)s)")
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the images (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the images (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="images per step (%(default)s)")
     parser.add_argument("--rate", type=float, default=0.1, help="of learning, at the start (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=5e-4, help="but for coefficients (%(default)s)")
