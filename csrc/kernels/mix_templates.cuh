@@ -10,6 +10,8 @@ constexpr int most_fetched = 32 << 10;  // bytes of rows that a block fetches at
 
 // Vectors of each of `rows` rows that a block takes: as many as there are threads where there is room for them, and
 // fewer where blocks would be too few to keep the GPU busy.
+constexpr int least_fwd = 5, least_bwd = 3;  // such that threads of a warp read whole lines of memory
+
 inline int log_width_of(int rows, int least, int64_t vectors, int64_t blocks) {
   int log_width = 8;
   while (log_width > least && rows << (log_width + 4) > most_fetched) --log_width;
@@ -23,7 +25,7 @@ inline int64_t tiles_of(int64_t size, int64_t side) {
 
 template <class T>
 void launch_mix_fwd(Mix<T> p, const Setting& setting) {
-  p.log_width = log_width_of(p.staged(), 5, tiles_of(p.columns, per_vector<T>), setting.gpu.multiprocessors);
+  p.log_width = log_width_of(p.staged(), least_fwd, tiles_of(p.columns, per_vector<T>), setting.gpu.multiprocessors);
   // Rounds, each of which takes about as long as it takes rows, and three more for its loads.
   auto time = [&](int r) { return tiles_of(p.rows, p.groups() * r) * (r + 3); };
   const int R = setting.tile >= 0 ? (setting.tile == 0 ? 4 : 8) : time(4) <= time(8) ? 4 : 8;
@@ -33,11 +35,12 @@ void launch_mix_fwd(Mix<T> p, const Setting& setting) {
   launch(R == 4 ? mix_fwd_kernel<T, 4> : mix_fwd_kernel<T, 8>, name, grid, mix_threads, shared, setting.stream, p);
 }
 
-// How a pass over gradient and templates is cut: tiles of dC into slices, columns into blocks.  At least eight threads
-// share a tile.  `blocks` of a slice: 0 for as many as keep the GPU busy.
+constexpr int most_tiles = mix_threads / 8;  // of dC in a block: at least eight threads share one
+
+// How a pass over gradient and templates is cut: tiles of dC into slices, columns into blocks.  `blocks` of a slice: 0
+// for as many as keep the GPU busy.
 template <class T>
 int cut_mix_bwd(MixBackward<T>& p, int blocks, const Setting& setting) {
-  constexpr int most_tiles = mix_threads / 8;
   const bool few = std::min(p.rows, p.count) <= 4 && int64_t(p.rows) * p.count <= 64;
   const int side = setting.tile >= 0 ? (setting.tile == 0 ? 4 : 8) : few ? 4 : 8;
   auto slice = [side](int size, int64_t most, int& length, int& slices) {
@@ -51,7 +54,7 @@ int cut_mix_bwd(MixBackward<T>& p, int blocks, const Setting& setting) {
 
   const int64_t slices = int64_t(p.row_slices) * p.count_slices, vectors = tiles_of(p.columns, per_vector<T>);
   const int64_t wanted = std::max<int64_t>(1, 2 * setting.gpu.multiprocessors / slices);
-  p.log_width = log_width_of(p.row_slice + p.count_slice, 3, vectors, wanted);
+  p.log_width = log_width_of(p.row_slice + p.count_slice, least_bwd, vectors, wanted);
   const int64_t steps = tiles_of(vectors, int64_t(1) << p.log_width);
   // As many as share the steps evenly.
   const int64_t most = std::min<int64_t>(steps, blocks > 0 ? blocks : wanted);
@@ -74,16 +77,21 @@ void launch_mix_add(Global<const float> parts, Global<T> sums, int64_t size, int
          parts, sums, size, count);
 }
 
-// As describe_kernel: what stands for the tile is how many rows, or rows and templates, a thread has; shared memory
-// depends on the sizes and is the most there can be.
+// As describe_kernel: what stands for the side of a tile is how many rows, or rows and templates, a thread has.  Shared
+// memory depends on the sizes; this is the most there can be.
 inline std::string describe_mix() {
-  const int fwd = most_fetched + Mix<float>::most_templates * 8 * 4, bwd = 76 << 10;
   auto line = [](const char* name, int tile, int shared) {
     return std::string(name) + " " + std::to_string(tile) + " 0 0 0 " + std::to_string(mix_threads) + " " +
            std::to_string(shared) + "\n";
   };
-  return line("mix_fwd", 4, fwd) + line("mix_fwd", 8, fwd) + line("mix_bwd", 4, bwd) + line("mix_bwd", 8, bwd) +
-         line("mix_add", 0, 0);
+  auto fwd = [&](int R) {
+    return line("mix_fwd", R, most_fetched + Mix<float>::most_templates * (mix_threads >> least_fwd) * R * 4);
+  };
+  auto bwd = [&](int side) {
+    const int step = std::max(most_fetched, side * (most_tiles + 1) << (least_bwd + 4));
+    return line("mix_bwd", side, 2 * step + most_tiles * side * side * 4);
+  };
+  return fwd(4) + fwd(8) + bwd(4) + bwd(8) + line("mix_add", 0, 0);
 }
 
 // Compiled in csrc/cuda/mix_templates.cu.

@@ -158,7 +158,8 @@ def _where(t: Tensor) -> tuple[torch.dtype, str, int]:
 
 @lru_cache(maxsize=4096)
 def _plan_fwd(rows: int, count: int, columns: int, strides: tuple[int, int, int], dtype, how, capability) -> Plan:
-    tile = _tile(rows, count, dtype, how, 4096 // _block(rows))
+    block, plain = _block(rows), _is_plain(dtype, how)
+    tile = Tile(block, min(256, (2048 if plain else 4096) // block), _block(count, 16 if plain else 64), 4, 2)
     return Plan.of(
         mix_templates_fwd_kernel,
         triton.cdiv(rows, tile.BLOCK_M) * triton.cdiv(columns, tile.BLOCK_N),
@@ -181,12 +182,17 @@ class Sums(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _plan_bwd(rows: int, count: int, columns: int, strides: tuple[int, ...], dtype, how, capability) -> Sums:
-    widest = (32 << 10) // (dtype.itemsize * (_block(rows) + _block(count)))
-    tile = _tile(rows, count, dtype, how, widest)
+    if _is_plain(dtype, how):
+        tile = Tile(_block(rows, 32), 32, _block(count, 32), 4, 4)
+    else:
+        m, k = _block(rows), _block(count)
+        bytes = 16 << 10 if (columns | strides[0] | strides[3]) & 15 == 0 else 8 << 10  # of a step
+        widest = bytes // (dtype.itemsize * (m + k))
+        tile = Tile(m, 1 << (widest.bit_length() - 1), k, 4, 2)
     row_tiles, template_tiles = triton.cdiv(rows, tile.BLOCK_M), triton.cdiv(count, tile.BLOCK_K)
     steps = triton.cdiv(columns, tile.BLOCK_N)
-    # As few parts as keep the GPU busy, two programs on each multiprocessor.
-    span = tile.BLOCK_N * triton.cdiv(steps, max(1, 2 * fill(capability) // (row_tiles * template_tiles)))
+    # As few parts as keep the GPU busy, four programs on each multiprocessor.
+    span = tile.BLOCK_N * triton.cdiv(steps, max(1, 4 * fill(capability) // (row_tiles * template_tiles)))
     parts, block = triton.cdiv(columns, span), Block(32)
     plan = Plan.of(
         mix_templates_bwd_kernel,
@@ -201,15 +207,14 @@ def _plan_bwd(rows: int, count: int, columns: int, strides: tuple[int, ...], dty
     return Sums(plan, parts, add, row_tiles)
 
 
-def _block(size: int) -> int:
+def _block(size: int, most: int = 64) -> int:
     """Of rows or templates: tl.dot takes no less than 16."""
-    return min(64, max(16, triton.next_power_of_2(size)))
+    return min(most, max(16, triton.next_power_of_2(size)))
 
 
-def _tile(rows: int, count: int, dtype: torch.dtype, how: str, widest: int) -> Tile:
-    # Plain multiply-adds hold all of a tile's reduction in registers, be that over templates or over columns.
-    plain = dtype == torch.float32 and how == "ieee"
-    return Tile(_block(rows), min(widest, 32 if plain else 256), _block(count), 4, 2)
+def _is_plain(dtype: torch.dtype, how: str) -> bool:
+    """Without tensor cores: all of a tile's reduction, over templates, rows or columns, passes through registers."""
+    return dtype == torch.float32 and how == "ieee"
 
 
 def _is_wide(columns: int, *strides: int) -> bool:
