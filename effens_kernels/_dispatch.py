@@ -50,6 +50,11 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
 # not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
+# And torch's matmul for mix_templates of so many FLOPs per byte of coefficients times templates, at which the kernels'
+# ordinary multiply-adds take longer than memory does and tensor cores would not.  A heuristic too, unmeasured: M = T =
+# 64 in float32, 32 in 16 bits.
+MATMUL_FROM = 16
+
 # On a CPU, with fewer rows B than I*O divided by this, torch's composition is faster, in training or without gradients.
 # Measured on one thread of an AVX-512 processor, 2026-11-22, and right within a factor of 2 in B:
 #   rank1_linear     I, O of 64 to 1024 and 3072 x 128; one product over the rows of all members, no sums per member
@@ -70,7 +75,7 @@ class Problem(NamedTuple):
     op: str
     device: str
     dtype: torch.dtype
-    sizes: tuple[int, ...] = ()  # E, B, I, O
+    sizes: tuple[int, ...] = ()  # E, B, I, O; of mix_templates M, T, N
     index: int | None = None  # of the device
     training: bool = True  # gradients are wanted
 
@@ -177,8 +182,7 @@ def select(problem: Problem, requested: str | None = None) -> str:
             backend = _measured(problem)
             if backend is not None and why_not(backend, problem) is None:
                 return backend
-            leaves_range = problem.op == "rank1_linear" and problem.dtype == torch.float16
-            if backend is None and min(problem.sizes[1:]) >= CUBLAS_FROM and not leaves_range:
+            if backend is None and _is_bound_by_arithmetic(problem):
                 return "reference"
         if problem.op in FEW_ROWS and problem.device == "cpu" and problem.sizes:
             if has_few_rows(problem.op, problem.dtype, *problem.sizes[1:], problem.training):
@@ -195,6 +199,15 @@ def select(problem: Problem, requested: str | None = None) -> str:
     if reason is not None:
         raise ValueError(f"{problem.op}: backend {requested!r} cannot run this call: {reason}")
     return requested
+
+
+def _is_bound_by_arithmetic(problem: Problem) -> bool:
+    if problem.op == "mix_templates":
+        rows, count, _ = problem.sizes
+        return 2 * rows * count >= MATMUL_FROM * problem.dtype.itemsize * (rows + count)
+    if problem.op == "rank1_linear" and problem.dtype == torch.float16:  # whose range unscaled outputs may leave
+        return False
+    return min(problem.sizes[1:]) >= CUBLAS_FROM
 
 
 def mixture_route(problem: Problem, templates: int, shared: bool) -> str:

@@ -24,7 +24,9 @@ ENTRY = re.compile(
     r"(?P<name>contract|wgrad|rank1_fwd|rank1_dgrad|rank1_wgrad)_kernelINS\w*?5BlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
     r"Li(?P<m>\d+)ELi(?P<n>\d+)ELb(?P<a>\d)ELb(?P<b>\d)ELb(?P<through>\d)E"
 )
-PLAIN_ENTRY = re.compile(r"(?P<name>add_parts)_kernelI(?P<type>f|6__half|13__nv_bfloat16)E")
+PLAIN_ENTRY = re.compile(
+    r"(?P<name>add_parts|mix_fwd|mix_bwd|mix_add)_kernelI(?P<type>f|6__half|13__nv_bfloat16)(Li(?P<tile>\d+)E)?E"
+)
 
 
 class Kernel(NamedTuple):
@@ -36,14 +38,15 @@ class Kernel(NamedTuple):
     math: str
 
     @staticmethod
-    def plain(name: str, type: str) -> Kernel:
-        """One that is no product."""
-        return Kernel(name, "-", "-", "-", type, "-")
+    def plain(name: str, type: str, tile: int) -> Kernel:
+        """One that is no product, or one of few rows; 0 for no tile."""
+        sizes = {"mix_fwd": f"{tile} rows", "mix_bwd": f"{tile}x{tile}"}
+        return Kernel(name, "-", "-", sizes.get(name, "-"), type, "-")
 
     @staticmethod
     def of(mangled: str) -> Kernel | None:
         if found := PLAIN_ENTRY.search(mangled):
-            return Kernel.plain(found["name"], TYPES[found["type"]])
+            return Kernel.plain(found["name"], TYPES[found["type"]], int(found["tile"] or 0))
         found = ENTRY.search(mangled)
         if found is None:
             return None
@@ -106,7 +109,8 @@ def described() -> dict[Kernel, tuple[int, int]]:
             operands = f"{'k' if a else 'm'}, {'k' if b else 'n'}"
             for type in types:
                 kernel = Kernel(name, operands, "yes" if through else "no", f"{side}x{side}", type, math)
-                result[kernel if side else Kernel.plain(name, type)] = threads, shared
+                plain = name in ("add_parts", "mix_fwd", "mix_bwd", "mix_add")
+                result[Kernel.plain(name, type, side) if plain else kernel] = threads, shared
     return result
 
 

@@ -22,7 +22,7 @@ def over(arch: str, kernel: Kernel) -> list[str]:
     """What `kernel` takes too much of on `arch`, or lacks."""
     usage, (threads, shared), budget = measured()[arch][kernel], described()[kernel], budgets()[kernel]
     found = []
-    product, too_large = kernel.tile != "-", shared > SHARED_MEMORY[arch]
+    product, too_large = kernel.math != "-", shared > SHARED_MEMORY[arch]
     # The launch takes a smaller tile where a GPU has no room for the large one, of which nothing may be compiled then.
     empty = too_large and kernel.name == "rank1_wgrad" and kernel.tile == "128x128" and not usage.async_copies
     if usage.registers > budget.registers[arch]:
@@ -37,7 +37,7 @@ def over(arch: str, kernel: Kernel) -> list[str]:
         found.append(f"{shared} bytes of shared memory, a block can have {SHARED_MEMORY[arch]}")
     if product and not empty and bool(usage.tensor) != (kernel.math != "fma"):
         found.append(f"{usage.tensor} tensor-core instructions")
-    if product and not empty and not usage.async_copies:
+    if (product or kernel.name in ("mix_fwd", "mix_bwd")) and not empty and not usage.async_copies:
         found.append("no asynchronous copies")
     return [f"sm_{arch} {' '.join(kernel)}: {problem}" for problem in found]
 

@@ -28,6 +28,7 @@ from triton_budgets import SHARED_MEMORY, TYPES, Launch, compile_for, excesses
 from effens_kernels.ops import triton_engine as engine
 from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation
 from effens_kernels.ops.grouped_linear import triton as grouped_linear
+from effens_kernels.ops.mix_templates import triton as mix_templates
 from effens_kernels.ops.rank1_linear import triton as rank1_linear
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -114,6 +115,41 @@ class Rank1Call(Call):
         return self.x(empty), self.weight(empty), *scales
 
 
+@dataclass(frozen=True)
+class MixCall:
+    """One forward and backward of mix_templates."""
+
+    rows: int
+    count: int
+    columns: int
+    dtype: torch.dtype = torch.bfloat16
+    tf32: bool = False
+    far: bool = False  # rows of templates so far apart that offsets within a tile take 64 bits
+    need: tuple[bool, bool] = field(default=(True, True))
+
+    def __str__(self) -> str:
+        words = TYPES[self.dtype] + "_tf32" * self.tf32, f"M{self.rows}", f"T{self.count}", f"N{self.columns}"
+        return "-".join(("mix", *words)) + "-far" * self.far
+
+    def launches(self, capability: int) -> tuple[list[Launch], list[Launch]]:
+        """(forward, backward) on a GPU of that compute capability."""
+        recorded: list[Launch] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mix_templates, "launch", lambda plan, *tensors: recorded.append(Launch(plan, tensors)))
+            patch.setattr(mix_templates, "capability", lambda device: capability)
+            patch.setattr(mix_templates, "precision", lambda dtype: "tf32" if self.tf32 else "ieee")
+            empty = functools.partial(torch.empty, dtype=self.dtype, device="meta")
+            coefficients, templates = empty(self.rows, self.count), empty(self.count, self.columns)
+            if self.far:
+                templates = torch.empty_strided(templates.shape, (1 << 27, 1), dtype=self.dtype, device="meta")
+            y = mix_templates.fwd(coefficients, templates)
+            forward = len(recorded)
+            grads = mix_templates.bwd(empty(y.shape), coefficients, templates, *self.need)
+        for grad, like, needed in zip(grads, (coefficients, templates), self.need, strict=True):
+            assert grad.shape == (like.shape if needed else (0,))
+        return recorded[:forward], recorded[forward:]
+
+
 # ------------------------------------------------------------------------------------------------ tests
 
 # Each reaches another row of the table of tiles in at least one kernel; the odd ones load element by element.
@@ -173,6 +209,14 @@ CALLS = [
     *rank1_calls(90, (3, 5, 1, 7), dtype=HALF, activation="silu", bias=False, weight_inner=True, need=ALL_BUT_BIAS),
     *(pair for c in (80, 100) for pair in rank1_calls(c, (32, 1024, 1024, 1024))),
     *rank1_calls(80, (96, 100, 1024, 1024), activation=None, shared=True, need=ONLY_X),
+    *((90, MixCall(*sizes)) for sizes in ((1, 1, 1), (4, 4, 1 << 20), (16, 16, 1 << 20), (64, 64, 1 << 20))),
+    *((90, MixCall(*sizes)) for sizes in ((33, 17, (1 << 20) - 1), (17, 33, (1 << 20) - 1))),
+    *((90, MixCall(*sizes, dtype=FLOAT)) for sizes in ((4, 4, 1 << 20), (64, 64, 1 << 20), (33, 17, (1 << 20) - 1))),
+    *((90, MixCall(*sizes, dtype=FLOAT, tf32=True)) for sizes in ((16, 16, 1 << 20), (33, 17, (1 << 20) - 1))),
+    (90, MixCall(64, 64, 1 << 20, far=True)),
+    (90, MixCall(32, 32, 1 << 20, dtype=FLOAT, far=True)),
+    *((c, MixCall(*sizes)) for c in (80, 100) for sizes in ((16, 16, 1 << 20), (64, 64, 1 << 20))),
+    *((c, MixCall(32, 16, 1 << 20, dtype=FLOAT, tf32=tf32)) for c in (80, 100) for tf32 in (False, True)),
 ]
 
 
@@ -180,7 +224,7 @@ class TestCompiled:
     __test__ = not INTERPRETING
 
     @pytest.mark.parametrize(("capability", "call"), CALLS, ids=[f"sm_{c}-{call}" for c, call in CALLS])
-    def test_budgets(self, capability: int, call: Call) -> None:
+    def test_budgets(self, capability: int, call: Call | MixCall) -> None:
         problems = [
             problem
             for launches in call.launches(capability)
@@ -215,7 +259,7 @@ def test_every_tile_of_the_table_is_compiled(kind: str) -> None:
     launched = {
         (launch.tile.BLOCK_M, launch.tile.BLOCK_N)
         for capability, call in CALLS
-        if capability == 90 and call.dtype == dtype and not call.tf32
+        if capability == 90 and isinstance(call, Call) and call.dtype == dtype and not call.tf32
         for launches in call.launches(capability)
         for launch in launches
         if "BLOCK_M" in launch.plan.switches
@@ -253,6 +297,31 @@ def test_launches_of_rank1_linear(shared: bool, activation: str | None) -> None:
                 assert tensor is None or tensor.shape != (members, batch, inputs) or not shared
 
 
+def test_launches_of_mix_templates() -> None:
+    """One launch forward; backward one for both gradients, where one tile has all rows, and one that adds parts."""
+    main, add, mix = "mix_templates_bwd", "mix_templates_add", "mix_templates_fwd"
+    for rows, need, expected in (
+        (9, (True, True), [main, add]),
+        (9, (True, False), [main, add]),
+        (9, (False, True), [mix]),
+        (9, (False, False), []),
+        (65, (True, True), [mix, main, add]),
+    ):
+        forward, backward = MixCall(rows, 5, 1000, need=need).launches(90)
+        assert [launch.name for launch in forward] == [mix]
+        assert [launch.name for launch in backward] == expected
+
+
+def test_parts_of_mix_templates_are_bounded() -> None:
+    for rows, count, columns in ((4, 4, 10**8), (64, 64, 10**6), (300, 300, 10**5), (2, 2, 100)):
+        for dtype in (FLOAT, HALF):
+            _, backward = MixCall(rows, count, columns, dtype=dtype).launches(90)
+            parts = backward[-1].tensors[0]
+            tiles = -(-rows // 64) * -(-count // 64)
+            assert parts.shape[0] <= max(1, 4 * engine.fill(90) // tiles)
+            assert parts.numel() * 4 <= max(rows, count) * columns * dtype.itemsize
+
+
 def test_parts_are_bounded() -> None:
     """Groups of members are as few as fill the GPU, so that the parts of dW are no larger than its tiles together."""
     for members, width in ((512, 64), (512, 1024), (3, 1024), (64, 8192)):
@@ -261,6 +330,11 @@ def test_parts_are_bounded() -> None:
         assert dw.numel() <= max(width * width, 2 * engine.fill(90) * tile.BLOCK_M * tile.BLOCK_N)
         assert dr.numel() <= members * width * -(-width // tile.BLOCK_M)
         assert ds.numel() <= members * width * -(-width // tile.BLOCK_N)
+
+
+def test_no_empty_grid_of_mix_templates() -> None:
+    for sizes in ((0, 4, 3), (4, 3, 0), (0, 1, 0)):
+        assert MixCall(*sizes).launches(90) == ([], [])
 
 
 @pytest.mark.parametrize("kind", [Call, Rank1Call])

@@ -3,7 +3,8 @@
 python -m bench.gpu.every_kernel [--device cuda] [--quick]
 
 Tile sizes, dtypes and TF32, forward and all gradients, odd and even sizes, rows that are aligned and not, shared x or
-one per member, each activation.  Results are compared with float64, so that a kernel that does nothing does not pass.
+one per member, each activation; rows and templates of mix_templates in one slice and in several.  Results are
+compared with float64, so that a kernel that does nothing does not pass.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 from effens_kernels import _dispatch, _native
 from effens_kernels.ops._activations import ACTIVATIONS
-from effens_kernels.testing import OPS, LinearCase, Rank1Case, error
+from effens_kernels.testing import OPS, Case, LinearCase, MixCase, Rank1Case, error
 
 TILES = (0, 1, 2)
 MATHS = {
@@ -41,18 +42,30 @@ CASES = (
     Rank1Case(5, 17, 130, 40, activation="tanh", x_layout="offset", weight_layout="offset"),
     Rank1Case(9, 64, 96, 64, shared=True),
     Rank1Case(1, 1100, 24, 40),
+    MixCase((4,), 3, (64, 128)),
+    MixCase((5,), 7, (4099,)),
+    MixCase((33,), 17, (600,)),
+    MixCase((70,), 140, (264,)),
+    MixCase((300,), 3, (130,), layout="offset"),
 )
 QUICK = (
     LinearCase(2, 9, 21, 13, shared=True, activation="gelu"),
     LinearCase(2, 8, 16, 24),
     Rank1Case(3, 9, 21, 13, activation="relu"),
+    MixCase((5,), 7, (37,)),
 )
 TOO_LITTLE = "too little shared memory"  # an honest refusal of a tile that the GPU has no room for
 
 
-def calls(cases: tuple[LinearCase, ...], device: str) -> Iterator[tuple[str, dict[str, tuple[torch.Tensor, ...]]]]:
+Results = Iterator[tuple[str, dict[str, tuple[torch.Tensor, ...]]]]
+
+
+def calls(cases: tuple[Case, ...], device: str) -> Results:
     """(name, {"y": (result, exact value), "x": its gradient and so on}) of one forward and backward each."""
     for case in cases:
+        if isinstance(case, MixCase):
+            yield from _mixing_calls(case, device)
+            continue
         op = OPS["rank1_linear" if isinstance(case, Rank1Case) else "grouped_linear"]
         fwd, bwd = (getattr(_native.cuda_ops, f"{op.name}_{direction}") for direction in ("fwd", "bwd"))
         activation = ACTIVATIONS[case.activation]
@@ -80,6 +93,29 @@ def calls(cases: tuple[LinearCase, ...], device: str) -> Iterator[tuple[str, dic
                     print(f"{name}: {TOO_LITTLE}", flush=True)
                     continue
                 yield name, dict(zip(("y", *op.arguments), zip((t.cpu() for t in found), exact, strict=True)))
+
+
+def _mixing_calls(case: MixCase, device: str) -> Results:
+    """mix_templates has no activation, no TF32 and two tiles."""
+    op = OPS["mix_templates"]
+    fwd, bwd = _native.cuda_ops.mix_templates_fwd, _native.cuda_ops.mix_templates_bwd
+    for math in ("float32", "float16", "bfloat16"):
+        coefficients, templates = (t.flatten(1) for t in case.inputs_for(MATHS[math][0], "cpu", seed=0))
+        grad = torch.randn(case.rows, case.columns).to(templates.dtype)
+        wide = [t.double().requires_grad_() for t in (coefficients, templates)]
+        y = op.reference(*wide)
+        exact = [y.detach(), *torch.autograd.grad(y, wide, grad.double())]
+        for tile in TILES[:2]:
+            inputs = [_with_layout(t, device) for t in (coefficients, templates)]
+            for need in ((True, True), (True, False), (False, True)):
+                found = fwd(*inputs, tile), *bwd(grad.to(device), *inputs, *need, tile)
+                wanted = {
+                    name: (t.cpu(), value)
+                    for name, t, value, asked in zip(("y", *op.arguments), found, exact, (True, *need), strict=True)
+                    if asked
+                }
+                gradients = "".join(name[0] for name in list(wanted)[1:])
+                yield f"{op.name} {case}, {math}, tile {tile}, gradients {gradients}", wanted
 
 
 def _with_layout(t: torch.Tensor, device: str) -> torch.Tensor:

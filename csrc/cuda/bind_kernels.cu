@@ -1,6 +1,7 @@
 // Which kernels are compiled, and whether they run here.
 #if !defined(EFFENS_EMULATION)
 
+#include "../kernels/mix_templates.cuh"
 #include "../kernels/rank1_linear.cuh"
 #include "with_math.h"
 
@@ -20,11 +21,15 @@ std::string describe() {
   return device::describe_grouped_linear<T, math>() + device::describe_rank1_linear<T, math>();
 }
 
+std::string describe_without_math() {
+  return device::describe_add_parts() + device::describe_mix();
+}
+
 std::string cuda_kernels(std::string math) {
-  if (math == "fma") return describe<float, Math::fma>() + device::describe_add_parts();
+  if (math == "fma") return describe<float, Math::fma>() + describe_without_math();
   if (math == "tf32") return describe<float, Math::tf32>();
   STD_TORCH_CHECK(math == "half", "cuda_kernels: math should be fma, tf32 or half, got ", math);
-  return describe<device::half_t, Math::half>() + device::describe_add_parts();
+  return describe<device::half_t, Math::half>() + describe_without_math();
 }
 
 }  // namespace

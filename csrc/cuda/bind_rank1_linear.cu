@@ -40,11 +40,6 @@ Sizes check(const char* op, const Tensor& x, const Tensor& weight, const Tensor&
   return sizes;
 }
 
-// Vectors of members are small: those that do not lie well are copied.
-Tensor rows_contiguous(const Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
-}
-
 template <class T>
 Scale<T> scale(const Tensor& t, const char* name) {
   const int64_t batch = t.size(0) == 1 ? 0 : t.stride(0);

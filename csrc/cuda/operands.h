@@ -65,6 +65,11 @@ Operand<T> operand(const Tensor& t, const char* name, bool lines_are_rows, bool 
   return o;
 }
 
+// Whose rows' elements are neighbors: where they are not, a copy.
+inline Tensor rows_contiguous(const Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);
+}
+
 inline Activation activation_of(const char* op, int64_t code) {
   STD_TORCH_CHECK(code >= 0 && code <= int64_t(Activation::tanh), op, ": unknown activation code ", code);
   return Activation(code);
@@ -84,7 +89,7 @@ inline void check_like(const char* op, const char* name, const Tensor& t, const 
               t.is_cpu() == x.is_cpu() && dtype_code(t) == dtype_code(x);
   int64_t d = 0;
   for (int64_t size : sizes) same = same && t.size(d++) == size;
-  STD_TORCH_CHECK(same, op, ": ", name, " does not fit x and weight in sizes, dtype or device");
+  STD_TORCH_CHECK(same, op, ": ", name, " does not fit the other tensors in sizes, dtype or device");
 }
 
 }  // namespace effens::cuda

@@ -221,12 +221,12 @@ def row_sums(
 
 
 @triton.jit
-def add_parts(parts, result, block, size, count, BLOCK: tl.constexpr):
+def add_parts(parts, result, block, size, count, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr = 8):
     """result[j] = sum over p < count of the contiguous parts[p, j], for one block of j < size, in a fixed order."""
     j = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    some = tl.arange(0, 8)  # so many loads are on their way at once
-    acc = tl.zeros((8, BLOCK), tl.float32)
-    for first in range(0, count, 8):
+    some = tl.arange(0, AT_ONCE)  # so many loads are on their way at once
+    acc = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+    for first in range(0, count, AT_ONCE):
         p = first + some
         offsets = p.to(tl.int64)[:, None] * size + j[None, :]
         acc += tl.load(parts + offsets, mask=(p < count)[:, None] & (j < size)[None, :], other=0.0)
