@@ -291,7 +291,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--root", type=Path, default=Path("data"), help="of CIFAR's files (%(default)s)")
     parser.add_argument("--members", type=int, default=4, help="of the ensembles (%(default)s)")
     parser.add_argument(
-        "--budgets", type=float, nargs="+", default=[0.4, 1.0, 2.0, 3.3], help="parameters, in networks"
+        "--budgets", type=float, nargs="+", default=[0.5, 1.0, 2.0, 3.3], help="parameters, in networks"
     )
     parser.add_argument("--depth", type=int, default=22, help="of the network, 6 n + 4 (%(default)s)")
     parser.add_argument("--width", type=int, default=1, help="times the base (%(default)s)")
