@@ -32,10 +32,12 @@ struct Mix {
     const From* at(int64_t i, int64_t j) const { return data + i * ld + j; }
   };
 
-  // to[i][j] = sum over d of scales[d * ld_scale + i] * from[d][j], for `rows` rows and one block of columns.
+  // to[i][j] = sum over d of scales[d * ld_scale + i] * from[d][j], for `rows` rows and one block of columns.  `next`:
+  // what is read later from as many rows, to be on its way; null: nothing.
   template <int rows, int width, class From, class Lanes>
   EFFENS_INLINE void combine_block(int64_t depth, const C* scales, int64_t ld_scale, Rows<From> from, T* to,
-                                   int64_t ld_to, C* copy, int64_t ld_copy, Lanes last) {
+                                   int64_t ld_to, C* copy, int64_t ld_copy, const T* next, int64_t ld_next,
+                                   Lanes last) {
     vec<C> sum[rows][width] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
@@ -48,7 +50,7 @@ struct Mix {
         const From* at = from.at(d, v * w);
         x[v] = v == width - 1 ? load(at, last) : load(at);
         if (copy) store(copy + d * ld_copy + v * w, x[v]);
-        if (sizeof(From) != sizeof(C) || copy) __builtin_prefetch(at + ahead, 0, 2);
+        if (next) __builtin_prefetch(next + d * ld_next + v * w, 0, 2);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < rows; ++i)
@@ -64,11 +66,11 @@ struct Mix {
 
   template <int rows, class From>
   static void combine(int64_t depth, const C* scales, int64_t ld_scale, Rows<From> from, T* to, int64_t ld_to,
-                      int64_t columns, C* copy, int64_t ld_copy) {
+                      int64_t columns, C* copy, int64_t ld_copy, const T* next = nullptr, int64_t ld_next = 0) {
     int64_t j = 0;
     auto block_at = [&](auto width, auto last) __attribute__((always_inline)) {
       combine_block<rows, width.value>(depth, scales, ld_scale, Rows<From>{from.at(0, j), from.ld}, to + j, ld_to,
-                                       copy ? copy + j : copy, ld_copy, last);
+                                       copy ? copy + j : copy, ld_copy, next ? next + j : next, ld_next, last);
     };
     for (; j + block <= columns; j += block) block_at(std::integral_constant<int, width>{}, All<C>{});
     for (; j < columns; j += w) block_at(std::integral_constant<int, 1>{}, Some<C>(columns - j));
@@ -154,10 +156,10 @@ struct Mix {
         T* const here = to + i * p.mixed_row + j;
         if (once || (in_step && i == 0))
           combine<rows.value>(p.templates, scales, p.members, Rows<T>{x.at(0, j), x.ld}, here, p.mixed_row, columns,
-                              copy, ld);
+                              copy, ld, x.at(0, j + ahead), x.ld);
         else
           combine<rows.value>(p.templates, scales + i, p.members, Rows<C>{copy, ld}, here, p.mixed_row, columns,
-                              static_cast<C*>(nullptr), 0);
+                              static_cast<C*>(nullptr), 0, i <= most_rows ? x.at(0, j + columns) : nullptr, x.ld);
       });
     }
   }
@@ -204,7 +206,7 @@ struct Mix {
                                 static_cast<C*>(nullptr), 0);
           else
             combine<rows.value>(p.members, scales + t, p.templates, Rows<T>{g.at(0, j), g.ld}, here, p.columns, columns,
-                                copy, ld);
+                                copy, ld, g.at(0, j + ahead), g.ld);
           copied = true;
         });
     }
