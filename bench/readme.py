@@ -1,4 +1,4 @@
-"""Regenerates the tables of the README between their markers, from the newest result file.
+"""Regenerates the tables of the README between their markers, from the newest result file with the fewest threads.
 
 <!-- bench:forum:start -->  ...  <!-- bench:forum:end -->      float32 rows of the suite "forum"
 <!-- bench:layers-bfloat16:start -->  ...                      bfloat16 rows of the suite "layers"
@@ -28,12 +28,16 @@ def update(readme: Path, directory: Path = DIRECTORY) -> list[str]:
 
     def fill(match: re.Match[str]) -> str:
         suite, dtype = match["suite"], match["dtype"] or "float32"
+        found = []
         for path in result_files(directory):
             results = Results.load(path)
             rows = _rows(results, suite, dtype)
             if rows:
-                report.append(f"{suite}, {dtype}: {len(rows)} rows from {path.name}")
-                return f"{match[1]}{_block(results, rows, path)}\n{match[4]}"
+                found.append((results, rows, path))
+        if found:  # one thread rather than more, then the newest
+            results, rows, path = min(found, key=lambda each: each[1][0].threads)
+            report.append(f"{suite}, {dtype}: {len(rows)} rows from {path.name}")
+            return f"{match[1]}{_block(results, rows, path)}\n{match[4]}"
         report.append(f"{suite}, {dtype}: left as it is, no result file in {directory} has it")
         return match[0]
 
