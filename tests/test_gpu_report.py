@@ -245,6 +245,12 @@ def test_the_bytes_of_the_shared_form_are_those_of_its_tensors(data):
     )
 
 
+def test_peers_take_the_coefficients_of_the_mixed_form():
+    """As a matrix: not of several leading axes."""
+    mixed = FAMILIES["mixed"]
+    assert all(len(case.leading) == 1 for column in mixed.columns for case, _ in column.layers)
+
+
 def test_the_bytes_of_the_mixed_form_are_those_of_its_tensors():
     """But for the coefficients, which are few."""
     mixed = FAMILIES["mixed"]

@@ -50,7 +50,7 @@ LAUNCH = Column(
     (
         (MixCase((4,), 5, (160, 160, 3, 3)), ("float32", "bfloat16")),
         (MixCase((10,), 8, (256, 256)), ("float32", "bfloat16")),
-        (MixCase((4, 4), 3, (64, 64, 3, 3)), ("float32",)),  # of members and layers
+        (MixCase((16,), 3, (64, 64, 3, 3)), ("float32",)),  # 4 members of 4 layers
         (MixCase((32,), 16, (64, 64)), ("float32",)),
         (MixCase((4,), 3, (64, 64)), ("float32",)),
     ),
@@ -62,7 +62,7 @@ MEMORY = Column(
     "Mixed (templates), bound by memory",
     (
         (MixCase((4,), 5, (1280, 1280, 3, 3)), ("bfloat16", "float32")),
-        (MixCase((4, 4), 5, (640, 640, 3, 3)), ("float32",)),
+        (MixCase((16,), 5, (640, 640, 3, 3)), ("float32",)),
         (MixCase((8,), 16, (2048, 2048)), ("bfloat16", "float16", "float32")),
         (MixCase((10,), 8, (2048, 2048)), ("bfloat16",)),
         (MixCase((32,), 16, (2048, 2048)), ("float32",)),
@@ -88,7 +88,7 @@ COMPUTE = Column(
 def one_mm(problem: Problem) -> list[Contestant]:
     """What a torch op costs for the same: a product of matrices, without the views that bring weights into shape."""
     case = problem.workload
-    matrices = replace(case, leading=(case.rows,), shape=(case.columns,))
+    matrices = replace(case, shape=(case.columns,))
     return [mix_templates.from_function(problem._replace(workload=matrices), MM, torch.mm, kind="bound")]
 
 
