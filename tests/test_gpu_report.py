@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from time import perf_counter
 
 import pytest
 import torch
 from common import ROOT, Runner
 
-from bench.contestants import Problem, batchensemble, grouped_linear
+from bench.contestants import Problem, batchensemble, grouped_linear, mix_templates
 from bench.gpu import bench, dispatch_table, goals, launch, parts, report, store, suite
 from bench.gpu.__main__ import main
 from bench.gpu.context import Context, IncompleteError, PartError, UnavailableError
@@ -163,6 +164,7 @@ def without_triton(monkeypatch):
 PEERS = {
     "stacked": {"Python loop", "baddbmm", "bmm + bias", "mm per member"},
     "shared": {"Python loop", "broadcast", "fold + bmm"},
+    "mixed": {"sum per member", "einsum", "mm", "torch.mm"},
 }
 emulated = pytest.mark.skipif(
     not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels"
@@ -197,7 +199,7 @@ def test_bench_parts_measure(family, run, instead, tmp_path, monkeypatch):
 
 @emulated
 @pytest.mark.usefixtures("without_triton")
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.columns[0].grid], ids=lambda f: f.name)
 def test_buckets_try_backends_and_tiles(family):
     ((workload, precision),) = family.buckets(family.columns[0], rehearsal=True)
     bucket = run_bucket(family, workload, precision, "cpu", False)
@@ -217,11 +219,13 @@ def test_families_say_what_they_measure(family, column):
     for chosen in (rows, buckets):
         assert len({bench.describe(*row) for row in chosen}) == len(chosen)
     for workload, precision in rows + buckets:
-        members, batch, inputs, outputs = family.sizes(workload)
+        *_, summed, _ = sizes = family.sizes(workload)  # E, B, I, O or M, T, N
         dtype, _ = PRECISIONS[precision]
-        assert sum(p.flops for p in family.suite.products(workload)) == 2 * members * batch * inputs * outputs
-        forward, backward = family.moved_bytes(workload, dtype)
-        assert min(forward, backward) >= members * batch * outputs * dtype.itemsize
+        assert sum(p.flops for p in family.suite.products(workload)) == 2 * prod(sizes)
+        moved = family.moved_bytes(workload, dtype)
+        assert min(moved) >= prod(sizes) // summed * dtype.itemsize
+        if column.name == "memory" and (workload, precision) in rows:
+            assert min(moved) >= 128 << 20  # no L2 holds it
     assert len({tuple(family.sizes(workload)) + (name,) for workload, name in buckets}) == len(buckets)
 
 
@@ -239,6 +243,25 @@ def test_the_bytes_of_the_shared_form_are_those_of_its_tensors(data):
         sum(t.nbytes for t in (x, weight, r, s, bias, y)),
         sum(t.nbytes for t in (y, *read_again, *contestant.gradients().values())),
     )
+
+
+def test_peers_take_the_coefficients_of_the_mixed_form():
+    """As a matrix: not of several leading axes."""
+    mixed = FAMILIES["mixed"]
+    assert all(len(case.leading) == 1 for column in mixed.columns for case, _ in column.layers)
+
+
+def test_the_bytes_of_the_mixed_form_are_those_of_its_tensors():
+    """But for the coefficients, which are few."""
+    mixed = FAMILIES["mixed"]
+    problem = Problem(mixed.tiny, torch.bfloat16, "cpu")
+    contestant = mix_templates.mm(problem)
+    _, templates = contestant.arguments
+    y = contestant.forward()
+    contestant.backward(y, torch.ones_like(y))
+    forward, backward = mixed.moved_bytes(mixed.tiny, problem.dtype)
+    assert forward == templates.nbytes + y.nbytes
+    assert backward == y.nbytes + templates.nbytes + contestant.gradients()["templates"].nbytes
 
 
 def test_graphs_are_captured_checked_and_timed(monkeypatch):
@@ -296,7 +319,9 @@ def entry(name: str, kind: str, milliseconds: float, note: str = "") -> dict:
     return {"name": name, "kind": kind, "note": note, "timing": timing, "reason": ""}
 
 
-def lines_of(family: str, peers: dict[str, float], graphed: list[dict] | None = None) -> dict[str, goals.Line]:
+def lines_of(
+    family: str, peers: dict[str, float], graphed: list[dict] | None = None, host: dict[str, float] | None = None
+) -> dict[str, goals.Line]:
     """Of a layer whose limit takes 1 ms, we 2 and our Triton kernels 1, measured in every column."""
     entries = [entry(name, "peer", milliseconds) for name, milliseconds in peers.items()]
     entries += [
@@ -312,6 +337,9 @@ def lines_of(family: str, peers: dict[str, float], graphed: list[dict] | None = 
         "bytes": [2_000_000, 4_000_000],
         "counts": {"effens_kernels": {"launches": {"forward": 1, "backward": 4}, "host": {}}},
     }
+    for name, microseconds in (host or {}).items():
+        spent = {direction: {"median": microseconds * 1e-6} for direction in ("forward", "backward")}
+        layer["counts"].setdefault(name, {"launches": {}})["host"] = spent
     records = {FAMILIES[family].part(column): {"data": {"layers": {"w": layer}}} for column in FAMILIES[family].columns}
     records["ceilings"] = {"data": {"copy": {"TB/s": 0.002}}}
     found = goals.lines(records)
@@ -350,6 +378,24 @@ def test_goals_of_the_shared_form():
     assert lines["ours / one product, forward"].verdict == "met"
     assert lines["torch.compile / ours"].verdict == "not measured"
     assert lines["best eager peer / ours"].reached["automatic"] == 3.0
+
+
+def test_goals_of_the_mixed_form():
+    peers = {"mm": 3.0, "torch.mm": 1.5, "torch.compile": 5.0}
+    host = {"effens_kernels": 17.0, "torch.mm": 10.0}
+    lines = lines_of("mixed", peers, host=host)
+    forward = lines["host, forward, µs (torch.mm: 10)"]
+    assert forward.reached["automatic"] == pytest.approx(17.0)
+    assert (forward.target, forward.verdict) == (pytest.approx(15.0), "missed")
+    lines = lines_of("mixed", peers, host=host | {"effens_kernels": 9.0})
+    assert lines["host, backward, µs (torch.mm: 10)"].verdict == "met"
+    assert lines["kernels, backward"].reached["automatic"] == 4
+    forward, backward = (lines[f"of copy bandwidth, {direction}"] for direction in ("forward", "backward"))
+    assert (forward.target, backward.target) == (0.90, 0.85)
+    assert (forward.verdict, backward.verdict) == ("missed", "met")  # 0.5 and 1
+    assert lines["torch.mm / ours, forward"].reached["automatic"] == 0.75
+    asked = {goal for goal, line in lines.items() if line.target is not None}
+    assert all(goal.startswith(("host", "of copy")) for goal in asked)
 
 
 def test_failed_tests_are_named(tmp_path):

@@ -30,7 +30,8 @@ def _values(problem: Problem) -> tuple[Tensor, Tensor]:
     return problem.workload.inputs_for(problem.dtype, problem.device, seed=0)
 
 
-def _contestant(name: str, problem: Problem, function: Callable[..., Tensor], kind: str = "peer") -> Contestant:
+def from_function(problem: Problem, name: str, function: Callable[..., Tensor], **labels: str) -> Contestant:
+    """function(coefficients, templates) on the problem's values."""
     coefficients, templates = (t.clone().requires_grad_() for t in _values(problem))
     return Contestant(
         name,
@@ -38,7 +39,7 @@ def _contestant(name: str, problem: Problem, function: Callable[..., Tensor], ki
         (coefficients, templates),
         [coefficients, templates],
         lambda: {"coefficients": coefficients.grad, "templates": templates.grad},
-        kind,
+        **labels,
     )
 
 
@@ -49,19 +50,23 @@ def loop(problem: Problem) -> Contestant:
         axes = (1,) * (templates.dim() - 1)
         return torch.stack([(member.view(-1, *axes) * templates).sum(0) for member in coefficients])
 
-    return _contestant("sum per member", problem, function)
+    return from_function(problem, "sum per member", function)
 
 
 def einsum(problem: Problem) -> Contestant:
-    return _contestant("einsum", problem, lambda c, t: torch.einsum("et,t...->e...", c, t))
+    return from_function(problem, "einsum", lambda c, t: torch.einsum("et,t...->e...", c, t))
 
 
 def mm(problem: Problem) -> Contestant:
-    return _contestant("mm", problem, lambda c, t: torch.mm(c, t.flatten(1)).unflatten(1, t.shape[1:]))
+    return from_function(problem, "mm", lambda c, t: torch.mm(c, t.flatten(1)).unflatten(1, t.shape[1:]))
 
 
 def ours(problem: Problem) -> list[Contestant]:
-    return [_contestant(OURS, problem, mix_templates, "ours")]
+    return [from_function(problem, OURS, mix_templates, kind="ours")]
+
+
+def sizes(case: MixCase) -> tuple[int, int, int]:
+    return case.rows, case.templates, case.columns
 
 
 def moved_bytes(case: MixCase, dtype: torch.dtype) -> tuple[int, int]:

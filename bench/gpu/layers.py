@@ -54,7 +54,7 @@ def _run_layer(
             _add_graph(lineup, contestant, device)
         else:
             lineup.admit(contestant.name + SUFFIX, lambda c=contestant: graphed(c, device), contestant.kind)
-    counted = [c for c in lineup.runnable if not c.name.endswith(SUFFIX) and c.kind in ("ours", "backend", "peer")]
+    counted = [c for c in lineup.runnable if not c.name.endswith(SUFFIX) and c.kind != "limit"]
     counts = {c.name: {"launches": launches(c, device), "host": host_seconds(c, device)} for c in counted}
     timings = measure(
         lineup.runnable, SECONDS[device], device, ROUNDS[device], before=evict_l2(device if column.cold else "cpu")

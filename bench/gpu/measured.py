@@ -74,7 +74,7 @@ class Layer:
         least = limit and limit.seconds(measure).median
         return self.line(goal, target, lambda ours: least and ours.seconds(measure).median / least, row, at_most=True)
 
-    def kernels(self, forward: int, backward: int) -> Iterator[Line]:
+    def kernels(self, forward: int | None, backward: int | None) -> Iterator[Line]:
         """How many are launched, each direction with its target."""
         for direction, target in (("forward", forward), ("backward", backward)):
 
@@ -83,8 +83,8 @@ class Layer:
 
             yield self.line(f"kernels, {direction}", target, count, self.eager, at_most=True)
 
-    def host_times(self, peer: str) -> Iterator[Line]:
-        """Microseconds for the host to issue a call, beside those of a peer."""
+    def host_times(self, peer: str, allowed: float | None = None) -> Iterator[Line]:
+        """Microseconds for the host to issue a call, beside those of a peer; `allowed`: how many more they may be."""
         for direction in ("forward", "backward"):
 
             def microseconds(entry: Entry, direction: str = direction) -> float | None:
@@ -94,12 +94,13 @@ class Layer:
             entry = self.eager.entry(peer)
             theirs = entry and microseconds(entry)
             compared = f" ({peer}: {theirs:.0f})" if theirs else ""
-            yield self.line(f"host, {direction}, µs{compared}", None, microseconds, self.eager)
+            target = theirs + allowed if theirs and allowed is not None else None
+            yield self.line(f"host, {direction}, µs{compared}", target, microseconds, self.eager, at_most=True)
 
-    def bandwidths(self, target: float) -> Iterator[Line]:
+    def bandwidths(self, forward: float, backward: float) -> Iterator[Line]:
         """Bytes that cannot be avoided over our time, relative to the measured bandwidth of a copy."""
         copy = self.ceilings.get("copy", {}).get("TB/s")
-        for direction, count in zip(("forward", "backward"), self.data["bytes"]):
+        for direction, target, count in zip(("forward", "backward"), (forward, backward), self.data["bytes"]):
 
             def of_copy(ours: Entry, direction: str = direction, count: int = count) -> float | None:
                 return copy and count / ours.seconds(direction).median / (copy * 1e12)

@@ -52,7 +52,7 @@ def reached(console: Console, records: dict[str, dict[str, Any]]) -> None:
         return
     table = _table("Goals", "family", "bound by", "layer", "goal", "target", *OURS, "reached / goal", "")
     for line in lines:
-        target = "" if line.target is None else f"{'≤' if line.at_most else '≥'} {line.target:g}"
+        target = "" if line.target is None else f"{'≤' if line.at_most else '≥'} {line.target:.3g}"
         verdict = f"[{VERDICTS[line.verdict]}]{line.verdict}[/]"
         values = [_number(line.reached[who]) for who in OURS]
         table.add_row(line.family, line.column, line.layer, line.goal, target, *values, _number(line.ratio), verdict)

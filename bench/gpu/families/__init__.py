@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from . import shared, stacked
+from . import mixed, shared, stacked
 from .base import Column, Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (stacked.FAMILY, shared.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (stacked.FAMILY, shared.FAMILY, mixed.FAMILY)}
 
 
 def each_column() -> Iterator[tuple[Family, Column]]:

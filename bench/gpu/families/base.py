@@ -36,7 +36,7 @@ class Column:
     title: str
     layers: tuple[tuple[Any, tuple[str, ...]], ...]  # workloads with precisions: a table row each
     goals: Callable[[Layer], Iterator[Line]]
-    grid: Grid | None = None
+    grid: Grid | None = None  # None: dispatch is left to rules
     cold: bool = False  # inputs are evicted from L2 before every step
     limit: str = "products"  # or "copy"
 
@@ -48,12 +48,12 @@ class Family:
     columns: tuple[Column, ...]
     suite: Suite  # its peers, and the products that are its limit
     tiny: Any  # the workload of a rehearsal
-    sizes: Callable[[Any], tuple[int, int, int, int]]  # E, B, I, O of a workload
-    of_sizes: Callable[[int, int, int, int], Any]  # the workload that stands for a bucket
+    sizes: Callable[[Any], tuple[int, ...]]  # of a workload, what dispatch sees: E, B, I, O, or M, T, N
     options: Callable[[Any], dict[str, Any]]  # that the op is called with, besides its tensors
     from_function: Callable[..., Contestant]  # (problem, name, function of the op's tensors, **labels)
     moved_bytes: Callable[[Any, torch.dtype], tuple[int, int]]  # that forward and backward cannot avoid to move
     bounds: Callable[[Problem], list[Contestant]] = lambda problem: []  # limits beside the column's
+    of_sizes: Callable[..., Any] | None = None  # (E, B, I, O): the workload that stands for a bucket of a grid
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)

@@ -31,7 +31,7 @@ def launch_goals(layer: Layer) -> Iterator[Line]:
 
 def memory_goals(layer: Layer) -> Iterator[Line]:
     row = layer.of_device
-    yield from layer.bandwidths(COPY_BANDWIDTH)
+    yield from layer.bandwidths(COPY_BANDWIDTH, COPY_BANDWIDTH)
     yield layer.over("best peer / ours", None, layer.peers(row), row)
 
 

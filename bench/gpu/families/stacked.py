@@ -36,7 +36,7 @@ def launch_goals(layer: Layer) -> Iterator[Line]:
 
 def memory_goals(layer: Layer) -> Iterator[Line]:
     row = layer.of_device
-    yield from layer.bandwidths(COPY_BANDWIDTH)
+    yield from layer.bandwidths(COPY_BANDWIDTH, COPY_BANDWIDTH)
     if layer.case["batch"] == 1:
         for measure in ("forward", "total"):
             name = "forward + backward" if measure == "total" else measure
