@@ -15,7 +15,7 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
     """(fwd, bwd) of mixture_linear from those of mix_templates and grouped_linear."""
 
     def weights(coefficients: Tensor, templates: Tensor) -> Tensor:
-        return mixing.fwd(coefficients, _flat(templates)).view(-1, *templates.shape[1:])
+        return mixing.fwd(coefficients, _flat(templates)).view(coefficients.shape[0], *templates.shape[1:])
 
     def fwd(x, coefficients, templates, bias, activation, save_preactivation):
         return linear.fwd(x, weights(coefficients, templates), bias, activation, save_preactivation)
