@@ -1,12 +1,16 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import nn
+from . import ensembles, metrics, nn
 from ._config import show_config
 from ._version import __version__
+from .ensembles import convert
 from .ops import (
     ensemble_mlp,
     grouped_linear,
     mix_templates,
+    mixture_conv1d,
+    mixture_conv2d,
+    mixture_conv_transpose2d,
     mixture_linear,
     multihead_linear,
     rank1_conv1d,
@@ -17,9 +21,15 @@ from .ops import (
 
 __all__ = [
     "__version__",
+    "convert",
     "ensemble_mlp",
+    "ensembles",
     "grouped_linear",
+    "metrics",
     "mix_templates",
+    "mixture_conv1d",
+    "mixture_conv2d",
+    "mixture_conv_transpose2d",
     "mixture_linear",
     "multihead_linear",
     "nn",

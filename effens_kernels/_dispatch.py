@@ -28,21 +28,26 @@ _HALF = (torch.float16, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, *_HALF)
 _ALL_DTYPES = (*_GPU_DTYPES, torch.float64)
 
+_MIXING = {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
+
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
-    "mix_templates": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "mix_templates": _MIXING,
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "mixture_conv1d": _MIXING,  # see `mixture_conv_route`
+    "mixture_conv2d": _MIXING,
+    "mixture_conv_transpose2d": _MIXING,
     "rank1_conv1d": {},  # see `rank1_conv_route`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},
 }
 
-# On GPUs that have no table of measurements (`_tables`), torch's own batched products are taken where none of B, I and
-# O is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels
-# do not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
+# Of an op without a table of measurements on a GPU (`_tables`), torch's own products are taken where none of B, I and O
+# is below this.  A heuristic: such products are bound by arithmetic, and cuBLAS uses instructions that these kernels do
+# not (wgmma on sm_90), or has better schedules for float32.  Smaller ones are bound by launches and memory.
 CUBLAS_FROM = 512
 
 # And torch's matmul for mix_templates of so many FLOPs per byte of coefficients times templates, at which the kernels'
@@ -50,11 +55,18 @@ CUBLAS_FROM = 512
 # 64 in float32, 32 in 16 bits.
 MATMUL_FROM = 16
 
-# rank1_linear on a CPU: with fewer rows B than I*O divided by this, torch's composition is faster, one product over the
-# rows of all members, in training or without gradients.  Measured for I, O of 64 to 1024 and 3072 x 128, float32 and
-# bfloat16, one thread of an AVX-512 processor, 2026-11-22: the crossing lies within a factor of 2 of this line.  Not
-# for float16, whose range the composition's unscaled outputs may leave.
-FEW_ROWS = {True: 1 << 12, False: 1 << 14}
+# On a CPU, with fewer rows B than I*O divided by this, torch's composition is faster, in training or without gradients.
+# Measured on one thread of an AVX-512 processor, 2026-11-22, and right within a factor of 2 in B:
+#   rank1_linear     I, O of 64 to 1024 and 3072 x 128; one product over the rows of all members, no sums per member
+#   grouped_linear   large weights alone; each is packed for a product that reads it once
+# Not for float16, whose range the composition's unscaled outputs may leave.
+FEW_ROWS = {
+    "rank1_linear": {
+        torch.float32: {True: 1 << 12, False: 1 << 14},
+        torch.bfloat16: {True: 1 << 12, False: 1 << 14},
+    },
+    "grouped_linear": {torch.float32: {True: 1 << 17, False: 1 << 16}},
+}
 
 
 class Problem(NamedTuple):
@@ -151,14 +163,15 @@ def selects(backend: str, op: str, dtype: torch.dtype, requested: str | None) ->
         return False
 
 
-def has_few_rows(dtype: torch.dtype, rows: int, inputs: int, outputs: int, training: bool) -> bool:
-    """Whether rank1_linear on the CPU is faster as torch's composition (`FEW_ROWS`).
+def has_few_rows(op: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int, training: bool) -> bool:
+    """Whether `op` on the CPU is faster as torch's composition (`FEW_ROWS`).
 
     Not asked when compiling: the answer would bind an exported program to one side of the line.
     """
-    if dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    lines = FEW_ROWS.get(op, {}).get(dtype)
+    if lines is None or torch.compiler.is_compiling():
         return False
-    return rows * FEW_ROWS[training] < inputs * outputs
+    return rows * lines[training] < inputs * outputs
 
 
 def select(problem: Problem, requested: str | None = None) -> str:
@@ -171,8 +184,8 @@ def select(problem: Problem, requested: str | None = None) -> str:
                 return backend
             if backend is None and _is_bound_by_arithmetic(problem):
                 return "reference"
-        if problem.op == "rank1_linear" and problem.device == "cpu" and problem.sizes:
-            if has_few_rows(problem.dtype, *problem.sizes[1:], problem.training):
+        if problem.op in FEW_ROWS and problem.device == "cpu" and problem.sizes:
+            if has_few_rows(problem.op, problem.dtype, *problem.sizes[1:], problem.training):
                 return "reference"
         for backend in PREFERENCE.get(problem.device, ("reference",)):
             if why_not(backend, problem) is None:
@@ -192,7 +205,30 @@ def _is_bound_by_arithmetic(problem: Problem) -> bool:
     if problem.op == "mix_templates":
         rows, count, _ = problem.sizes
         return 2 * rows * count >= MATMUL_FROM * problem.dtype.itemsize * (rows + count)
+    if problem.op == "rank1_linear" and problem.dtype == torch.float16:  # whose range unscaled outputs may leave
+        return False
     return min(problem.sizes[1:]) >= CUBLAS_FROM
+
+
+def mixture_route(problem: Problem, templates: int, shared: bool) -> str:
+    """How mixture_linear runs: as "weights" mixed, then one product per member, or as "outputs" of templates mixed.
+
+    Outputs take T products of all rows, which are B if `shared` and else E*B, and no weight of a member; weights take E
+    products of B rows, and are written and read besides.  On a CPU the costs below, in multiply-adds, decide: fitted to
+    180 sizes (E 4 to 32, T 4 to 16, B 1 to 256, I = O 64 to 512, float32, training, one thread of an AVX-512
+    processor, 2026-11-22), where the loser took up to 14 times as long, and the choice is wrong by 1.3 at most.  On a
+    GPU, which has not been measured, the number of products decides.  Not outputs in float16, whose range they may
+    leave.
+    """
+    members, batch, inputs, outputs = problem.sizes
+    rows = batch if shared else members * batch
+    if problem.dtype == torch.float16:
+        return "weights"
+    if problem.device != "cpu":
+        return "outputs" if templates * rows < members * batch else "weights"
+    size = inputs * outputs
+    by_outputs = templates * ((4 * rows + 30) * size + 4 * members * batch * outputs) + (1 << 21)
+    return "outputs" if by_outputs < members * (3 * batch + 90) * size else "weights"
 
 
 def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: bool = False) -> str:
@@ -216,6 +252,19 @@ def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: 
     if pointwise and problem.device == "cpu" and selects("cpu", "rank1_linear", problem.dtype, "cpu"):
         return "rank1_linear"
     return "folded"
+
+
+def mixture_conv_route(problem: Problem, requested: str | None = None) -> tuple[str, bool]:
+    """How a convolution of mixed weights runs: the backend that mixes, and whether autograd is to see all of it.
+
+    `problem.sizes` are those of mix_templates: rows, templates, numbers of a template.  Chosen automatically, mixing
+    runs where mix_templates would.  The convolution is PyTorch's once per member, see `rank1_conv_route`; for a 1 x 1
+    kernel too, where mixture_linear of pixels has not been measured against it.
+    """
+    if (_env.BACKEND if requested is None else requested) is None:
+        return select(problem._replace(op="mix_templates")), False
+    backend = select(problem, requested)
+    return backend, backend == "reference"
 
 
 def _measured(problem: Problem) -> str | None:

@@ -1,8 +1,8 @@
 """Which backend was measured fastest, by GPU and bucket of sizes.
 
-`tables/<gpu>.json` is made from a GPU report by `python -m bench.gpu.dispatch_table`.  A row holds the powers of two
-nearest to E, B, I and O, a precision, and the backend.  Without a table for a GPU, or a row near the sizes, the rules
-of `_dispatch` decide.
+`tables/<gpu>.json` is made from a GPU report by `python -m bench.gpu.dispatch_table`.  A row holds an op, a precision,
+the powers of two nearest to E, B, I and O, and the backend.  Without a table for a GPU, rows of the op in that
+precision, or one near the sizes, the rules of `_dispatch` decide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sizes = tuple[int, ...]  # E, B, I, O
 
 
 def fastest(op: str, dtype: torch.dtype, sizes: Sizes, index: int | None = None) -> str | None:
-    """The backend measured fastest near `sizes` on GPU `index`; None if that is not known."""
+    """The backend measured fastest for `op` near `sizes` on GPU `index`; None if that is not known."""
     return _nearest(_name(index), op, "tf32" if uses_tf32(dtype) else str(dtype).removeprefix("torch."), sizes)
 
 

@@ -356,7 +356,8 @@ def _large_mix_cases() -> Iterator[MixCase]:
 
 
 def _mixture_cases() -> Iterator[MixtureCase]:
-    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
+    yield MixtureCase(29, 1, 1, 1, templates=4)
+    for batch, inputs, outputs in [(1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
         yield MixtureCase(3, batch, inputs, outputs, templates=4)
     for activation in ACTIVATIONS:
         yield MixtureCase(2, 19, 23, 29, activation=activation, templates=5)
@@ -561,4 +562,20 @@ CONV_WORKLOADS = (
     ConvWorkload(4, 32, 3, 64, 32, shared=True),
     ConvWorkload(4, 32, 64, 64, 32),
     ConvWorkload(4, 32, 128, 128, 16),
+)
+
+MIX_WORKLOADS = (
+    MixCase((4,), 4, (320, 320, 3, 3)),
+    MixCase((4,), 5, (640, 640, 3, 3)),  # WRN-28-10's largest
+    MixCase((8,), 16, (256, 256, 3, 3)),
+    MixCase((10,), 8, (512, 512)),
+    MixCase((32,), 16, (256, 256)),
+)
+
+MIXTURE_WORKLOADS = (
+    MixtureCase(5, 128, 784, 128, shared=True, templates=3),
+    MixtureCase(4, 128, 256, 256, templates=4),
+    MixtureCase(8, 128, 512, 512, templates=4),
+    MixtureCase(32, 8, 256, 256, templates=8),
+    MixtureCase(32, 16, 512, 512, shared=True, templates=4),
 )

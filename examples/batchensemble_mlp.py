@@ -19,13 +19,12 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from batchensemble_models import BatchEnsemble, BroadcastBatchEnsemble, LoopEnsemble, StackedEnsemble
-from image_data import Images, cifar10, digits
+from image_data import Images, load
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 import effens_kernels as ek
 
@@ -80,12 +79,11 @@ class Quality:
 def evaluate(model: nn.Module, data: Images) -> Quality:
     parts = [model(x) for x in data.x_test.split(1024)]
     logits, y = torch.cat(parts, dim=1), data.y_test  # [E, N, classes]
-    mean = logits.softmax(-1).mean(0)
     return Quality(
-        member_accuracy=(logits.argmax(-1) == y).float().mean().item(),
-        accuracy=(mean.argmax(-1) == y).float().mean().item(),
-        nll=F.nll_loss(mean.clamp_min(1e-12).log(), y).item(),
-        ece=multiclass_calibration_error(mean, y, num_classes=data.num_classes, n_bins=15).item(),
+        member_accuracy=ek.metrics.member_accuracies(logits, y).mean().item(),
+        accuracy=ek.metrics.accuracy(logits, y).item(),
+        nll=ek.metrics.nll(logits, y).item(),
+        ece=ek.metrics.ece(logits, y, n_bins=15).item(),
     )
 
 
@@ -185,7 +183,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     try:
-        data = digits(args.seed) if args.data == "digits" else cifar10(args.root)
+        data = load(args.data, args.root, args.seed)
     except RuntimeError as error:
         raise SystemExit(f"batchensemble_mlp: {error}") from None
     console.rule("[bold]BatchEnsemble and a classical ensemble of MLPs")

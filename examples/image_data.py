@@ -1,4 +1,4 @@
-"""Images as rows of features: scikit-learn's handwritten digits, or CIFAR-10 where its files are at hand."""
+"""Images as rows of features: scikit-learn's handwritten digits, or CIFAR-10 and -100 where their files are at hand."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Images:
     y_train: Tensor  # [N]
     x_test: Tensor
     y_test: Tensor
-
-    num_classes = 10
+    shape: tuple[int, int, int]  # channels, height, width of an image
+    num_classes: int = 10
 
     @property
     def num_features(self) -> int:
@@ -40,24 +40,30 @@ def digits(seed: int) -> Images:
     split = train_test_split(pixels / 8.0 - 1.0, classes, test_size=0.25, stratify=classes, random_state=seed)
     x_train, x_test = (torch.tensor(part, dtype=torch.float32) for part in split[:2])
     y_train, y_test = (torch.tensor(part) for part in split[2:])
-    return Images("digits", x_train, y_train, x_test, y_test)
+    return Images("digits", x_train, y_train, x_test, y_test, (1, 8, 8))
 
 
-def cifar10(root: Path) -> Images:
+def cifar(classes: int, root: Path) -> Images:
     """32 x 32 x 3 pixels from -1 to 1; raises RuntimeError, with what to do, where the files are not there."""
     try:
-        from torchvision.datasets import CIFAR10
+        from torchvision import datasets
     except ImportError as error:
-        raise RuntimeError("--data cifar10 needs the package torchvision: pip install torchvision") from error
+        raise RuntimeError(f"--data cifar{classes} needs the package torchvision: pip install torchvision") from error
+    kind, folder = getattr(datasets, f"CIFAR{classes}"), {10: "cifar-10-batches-py", 100: "cifar-100-python"}[classes]
     try:
-        parts = [CIFAR10(str(root), train=train, download=False) for train in (True, False)]
+        parts = [kind(str(root), train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise RuntimeError(
-            f"no CIFAR-10 in {root}: --root should be the folder that has cifar-10-batches-py in it "
-            f"(torchvision.datasets.CIFAR10('{root}', download=True) fetches it)"
+            f"no CIFAR-{classes} in {root}: --root should be the folder that has {folder} in it "
+            f"(torchvision.datasets.CIFAR{classes}('{root}', download=True) fetches it)"
         ) from error
     tensors = []
     for part in parts:
         pixels = torch.from_numpy(part.data).permute(0, 3, 1, 2).flatten(1).float()
         tensors += [pixels / 127.5 - 1.0, torch.tensor(part.targets)]
-    return Images("CIFAR-10", *tensors)
+    return Images(f"CIFAR-{classes}", *tensors, (3, 32, 32), classes)
+
+
+def load(name: str, root: Path, seed: int) -> Images:
+    """By the name of the option --data: "digits", "cifar10" or "cifar100"."""
+    return digits(seed) if name == "digits" else cifar(int(name.removeprefix("cifar")), root)

@@ -34,11 +34,17 @@ def imagined_gpu(monkeypatch, tmp_path):
     _tables.forget()
 
 
-def choose(dtype: torch.dtype, *sizes: int) -> str:
-    return _dispatch.select(_dispatch.Problem("grouped_linear", "cuda", dtype, sizes))
+def choose(dtype: torch.dtype, *sizes: int, op: str = "grouped_linear") -> str:
+    return _dispatch.select(_dispatch.Problem(op, "cuda", dtype, sizes))
 
 
-def test_the_public_function_asks_with_sizes(imagined_gpu, monkeypatch):
+def report_of(op: str, winner: str, device: str = GPU, commit: str = "4567") -> dict:
+    """Of one bucket in bfloat16."""
+    bucket = {"op": op, "E": 8, "B": 1024, "I": 1024, "O": 1024, "precision": "bfloat16", "eager": {"total": winner}}
+    return {"provenance": {"device": device, "commit": commit}, "dispatch": [bucket]}
+
+
+def test_public_functions_ask_with_sizes(imagined_gpu, monkeypatch):
     dispatch_table.write(REPORT, imagined_gpu)
     asked = []
 
@@ -55,6 +61,9 @@ def test_the_public_function_asks_with_sizes(imagined_gpu, monkeypatch):
     assert real(asked[0]) == "triton"
     ek.grouped_linear(x[0], weight)
     assert asked[1].sizes == (10, 200, 50, 96)
+    ek.rank1_linear(x, weight[0], torch.ones_like(x[:, 0]), torch.ones_like(weight[..., 0]))
+    assert asked[2].sizes == (10, 200, 50, 96)
+    assert asked[2].op == "rank1_linear"
 
 
 @pytest.mark.usefixtures("imagined_gpu")
@@ -80,13 +89,53 @@ def test_mixing_goes_to_torch_where_arithmetic_bounds_it():
 
 def test_with_the_table_of_a_report(imagined_gpu):
     path = dispatch_table.write(REPORT, imagined_gpu)
-    assert json.loads(path.read_text())["provenance"] == REPORT["provenance"]
+    assert json.loads(path.read_text())["provenance"] == {"grouped_linear": REPORT["provenance"]}
     assert choose(torch.float32, 8, 256, 64, 64) == "cuda"
     assert choose(torch.bfloat16, 10, 200, 50, 96) == "triton"
     assert choose(torch.bfloat16, 8, 900, 900, 900) == "reference"
     assert choose(torch.bfloat16, 1, 1, 8, 8) == "cuda", "too far from any row"
     assert choose(torch.float16, 8, 1024, 1024, 1024) == "reference", "no rows of that type: the rule"
     assert choose(torch.bfloat16, 8, 0, 64, 64) == "cuda"
+
+
+@pytest.mark.parametrize(("op", "other"), [("grouped_linear", "rank1_linear"), ("rank1_linear", "grouped_linear")])
+def test_each_op_has_rows_of_its_own(op, other, imagined_gpu):
+    dispatch_table.write(report_of(op, "triton"), imagined_gpu)
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op=op) == "triton"
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op=other) == "reference", "no rows of that op: the rule"
+    assert choose(torch.bfloat16, 8, 256, 64, 64, op=other) == "cuda"
+    dispatch_table.write(report_of(other, "cuda tile 2", commit="89ab"), imagined_gpu)
+    _tables.forget()
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op=op) == "triton", "another op's report leaves it"
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op=other) == "cuda"
+    (path,) = imagined_gpu.iterdir()
+    assert {op: facts["commit"] for op, facts in json.loads(path.read_text())["provenance"].items()} == {
+        op: "4567",
+        other: "89ab",
+    }
+    dispatch_table.write(report_of(op, "torch"), imagined_gpu)
+    _tables.forget()
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op=op) == "reference", "its own report replaces it"
+
+
+def test_a_table_made_before_there_were_several_ops(imagined_gpu):
+    dispatch_table.write(report_of("grouped_linear", "triton"), imagined_gpu)
+    (path,) = imagined_gpu.iterdir()
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps({**before, "provenance": before["provenance"]["grouped_linear"]}))
+    assert choose(torch.bfloat16, 8, 900, 900, 900) == "triton"
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op="rank1_linear") == "reference"
+    dispatch_table.write(report_of("rank1_linear", "cuda"), imagined_gpu)
+    _tables.forget()
+    assert choose(torch.bfloat16, 8, 900, 900, 900) == "triton"
+    assert json.loads(path.read_text())["provenance"]["grouped_linear"] == before["provenance"]["grouped_linear"]
+
+
+def test_gpus_have_tables_of_their_own(imagined_gpu):
+    dispatch_table.write(report_of("rank1_linear", "cuda"), imagined_gpu)
+    dispatch_table.write(report_of("rank1_linear", "triton", device="another GPU"), imagined_gpu)
+    assert choose(torch.bfloat16, 8, 900, 900, 900, op="rank1_linear") == "cuda"
+    assert len(list(imagined_gpu.iterdir())) == 2
 
 
 def test_a_table_cannot_choose_what_does_not_run(imagined_gpu, monkeypatch):

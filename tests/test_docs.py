@@ -1,4 +1,4 @@
-"""What the documentation shows runs: the examples of docstrings, and the Python of the README."""
+"""What the documentation shows runs: the examples of docstrings, and the Python of its pages."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import effens_kernels
 
 PUBLIC = [
     (package, name)
-    for package in (effens_kernels.ops, effens_kernels.nn)
+    for package in (effens_kernels.ops, effens_kernels.nn, effens_kernels.ensembles, effens_kernels.metrics)
     for name in package.__all__
     if not inspect.ismodule(getattr(package, name))
 ]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "mixture-ensembles.md"]
 
 
 def modules() -> list[str]:
@@ -51,16 +51,17 @@ def test_every_public_name_is_documented_by_an_example(package, name):
     assert doctest.DocTestParser().get_examples(text), f"{name} has no example"
 
 
-def test_readme():
-    """The README's Python blocks run in order, as one program."""
-    text = README.read_text() if README.exists() else ""
-    names: dict[str, object] = {"__name__": "readme"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page):
+    """A page's Python blocks run in order, as one program."""
+    text = page.read_text() if page.exists() else ""
+    names: dict[str, object] = {"__name__": page.stem}
     torch.manual_seed(0)
     for block in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         line = text[: block.start(1)].count("\n")
         if ">>>" in block[1]:
-            test = doctest.DocTestParser().get_doctest(block[1], names, f"README line {line}", str(README), line)
+            test = doctest.DocTestParser().get_doctest(block[1], names, f"{page.name} line {line}", str(page), line)
             run(test)
             names.update(test.globs)
         else:
-            exec(compile("\n" * line + block[1], str(README), "exec"), names)
+            exec(compile("\n" * line + block[1], str(page), "exec"), names)

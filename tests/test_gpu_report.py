@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from time import perf_counter
 
 import pytest
 import torch
 from common import ROOT, Runner
 
-from bench.contestants import Problem, grouped_linear
-from bench.gpu import columns, goals, launch, parts, report, stacked, store, suite
+from bench.contestants import Problem, batchensemble, grouped_linear
+from bench.gpu import bench, dispatch_table, goals, launch, parts, report, store, suite
 from bench.gpu.__main__ import main
 from bench.gpu.context import Context, IncompleteError, PartError, UnavailableError
+from bench.gpu.families import FAMILIES, each_column
+from bench.gpu.precision import PRECISIONS
+from bench.gpu.sweep import run_bucket
 from bench.graphs import graphed
 from bench.runner import Lineup
 from bench.timing import measure
@@ -25,7 +29,7 @@ FAST = ["ceilings"]
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """The command with a folder of its own; returns its exit status and what it printed."""
-    monkeypatch.setattr(report, "_plot", lambda records, path: (None, "left out by the test"))
+    monkeypatch.setattr(report, "_plots", lambda records, path: ([], "left out by the test"))
 
     def call(*arguments: str, names: list[str] = FAST) -> tuple[int, str]:
         status = main(["--dry", "--output", str(tmp_path), "--part", *names, *arguments])
@@ -149,38 +153,92 @@ def test_a_part_that_needs_the_extension_builds_first(run, instead):
     assert begun == ["build", "memcheck"]
 
 
-@pytest.mark.skipif(not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels")
-def test_bench_parts_measure_and_go_on(run, instead, tmp_path, monkeypatch):
-    monkeypatch.setattr("effens_kernels._dispatch.BACKENDS", ("reference", "cpu", "cuda"))  # Triton is interpreted here
-    names = [f"bench-stacked-{name}" for name in columns.COLUMNS]
+@pytest.fixture
+def without_triton(monkeypatch):
+    """It is interpreted here, which takes long."""
+    monkeypatch.setattr("effens_kernels._dispatch.BACKENDS", ("reference", "cpu", "cuda"))
+    monkeypatch.setattr("bench.gpu.sweep.BACKENDS", {"torch": "reference", "cuda": "cuda"})
+
+
+PEERS = {
+    "stacked": {"Python loop", "baddbmm", "bmm + bias", "mm per member"},
+    "shared": {"Python loop", "broadcast", "fold + bmm"},
+}
+emulated = pytest.mark.skipif(
+    not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels"
+)
+
+
+@emulated
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_bench_parts_measure(family, run, instead, tmp_path, monkeypatch):
+    names = [family.part(column) for column in family.columns]
 
     def measure(part, context):
         if part.name in names:
-            stacked.run(context, *part.arguments)
+            bench.run(context, *part.arguments)
 
     instead(measure)
-    real = stacked.run_bucket
-    monkeypatch.setattr(stacked, "run_bucket", lambda *_: pytest.fail("no time"))
-    monkeypatch.setattr(columns.Column, "sweep", lambda self, rehearsal: iter(()))
+    monkeypatch.setattr(bench, "run_bucket", lambda *_: pytest.fail("no time"))
+    monkeypatch.setattr(type(family), "buckets", lambda *_: [])
     assert run(names=names)[0] == 0
     found = the_report(tmp_path)
-    lines = {(line["column"], line["goal"]) for line in found["goals"]}
-    assert {("launch", "kernels, forward"), ("compute", "mm per member / ours")} <= lines
+    lines = {(line["family"], line["column"], line["goal"]) for line in found["goals"]}
+    assert {(family.name, "launch", "kernels, forward"), (family.name, "compute", "best peer / ours")} <= lines
     assert all(line["verdict"] in ("met", "missed", "not measured", "") for line in found["goals"])
     for name in names:
         (layer,) = found["parts"][name]["data"]["layers"].values()
         timed = {entry["name"] for entry in layer["eager"]["entries"] if entry["timing"]}
-        assert {"Python loop", "baddbmm", "bmm + bias", "effens_kernels", "effens_kernels (cuda)", "limit"} <= timed
+        assert PEERS[family.name] | {"effens_kernels", "effens_kernels (cuda)", "limit"} <= timed
         graphs = {entry["reason"] for entry in layer["graphed"]["entries"]}
-        assert graphs == {"CUDA graphs need a GPU"}
+        assert graphs <= {"CUDA graphs need a GPU", "the package tabm is not installed"}
 
-    monkeypatch.undo()
-    monkeypatch.setattr("bench.gpu.sweep.BACKENDS", {"torch": "reference", "cuda": "cuda"})
-    case, precision = next(columns.LAUNCH.sweep(True))
-    bucket = real(case, precision, "cpu", False)
-    assert {"torch", "cuda", "cuda tile 0", "cuda tile 1", "cuda tile 2"} <= set(bucket["seconds"]["eager"])
+
+@emulated
+@pytest.mark.usefixtures("without_triton")
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_buckets_try_backends_and_tiles(family):
+    ((workload, precision),) = family.buckets(family.columns[0], rehearsal=True)
+    bucket = run_bucket(family, workload, precision, "cpu", False)
+    assert set(bucket["seconds"]["eager"]) == {"torch", "cuda", "cuda tile 0", "cuda tile 1", "cuda tile 2"}
     assert bucket["fastest"]["eager"]["total"] in bucket["seconds"]["eager"]
-    assert (bucket["E"], bucket["B"]) == (2, 4)
+    assert [bucket[letter] for letter in "EBIO"] == [2, 4, 8, 8]
+    records = {family.part(family.columns[0]): {"data": {"buckets": {"": bucket}}}}
+    (row,) = dispatch_table.rows({"dispatch": report.dispatch(records)})
+    assert row["op"] == family.op
+    assert row["backend"] in ("reference", "cuda")
+
+
+@pytest.mark.parametrize(("family", "column"), list(each_column()), ids=lambda x: x.name)
+def test_families_say_what_they_measure(family, column):
+    """Every row and bucket has sizes, products, bytes and a name of its own."""
+    rows, buckets = family.rows(column, False), family.buckets(column, False)
+    for chosen in (rows, buckets):
+        assert len({bench.describe(*row) for row in chosen}) == len(chosen)
+    for workload, precision in rows + buckets:
+        members, batch, inputs, outputs = family.sizes(workload)
+        dtype, _ = PRECISIONS[precision]
+        assert sum(p.flops for p in family.suite.products(workload)) == 2 * members * batch * inputs * outputs
+        forward, backward = family.moved_bytes(workload, dtype)
+        assert min(forward, backward) >= members * batch * outputs * dtype.itemsize
+    assert len({tuple(family.sizes(workload)) + (name,) for workload, name in buckets}) == len(buckets)
+
+
+@pytest.mark.parametrize("data", [False, True], ids=["features", "data"])
+def test_the_bytes_of_the_shared_form_are_those_of_its_tensors(data):
+    shared = FAMILIES["shared"]
+    workload = replace(shared.tiny, batch=5, widths=(8, 6), model=data)
+    problem = Problem(workload, torch.bfloat16, "cpu")
+    contestant = batchensemble.broadcast(problem)
+    x, ((weight, r, s, bias),) = contestant.arguments
+    y = contestant.forward()
+    contestant.backward(y, torch.ones_like(y))
+    read_again = (x, weight, r, s)
+    assert shared.moved_bytes(workload, problem.dtype) == (
+        sum(t.nbytes for t in (x, weight, r, s, bias, y)),
+        sum(t.nbytes for t in (y, *read_again, *contestant.gradients().values())),
+    )
 
 
 def test_graphs_are_captured_checked_and_timed(monkeypatch):
@@ -212,7 +270,7 @@ def test_graphs_are_captured_checked_and_timed(monkeypatch):
     stand_ins |= {"synchronize": lambda: None, "stream": nullcontext, "graph": lambda *_, **__: nullcontext()}
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    problem = Problem(columns.TINY, torch.float32, "cpu")
+    problem = Problem(FAMILIES["stacked"].tiny, torch.float32, "cpu")
     lineup = Lineup()
     eager = lineup.admit("baddbmm", lambda: grouped_linear.baddbmm(problem))
     graph = lineup.admit("baddbmm [graph]", lambda: graphed(eager, "cuda"))
@@ -223,24 +281,25 @@ def test_graphs_are_captured_checked_and_timed(monkeypatch):
     assert timings["baddbmm"].total.median > timings["baddbmm"].forward.median > 0
 
 
-def test_an_interrupted_bench_part_keeps_its_rows():
+@pytest.mark.parametrize(("family", "column"), list(each_column()), ids=lambda x: x.name)
+def test_an_interrupted_bench_part_keeps_its_rows(family, column):
     context = Context("cuda", 0.0, None)  # no time at all: nothing is begun, and the GPU is not touched
-    done = stacked.describe(*columns.LAUNCH.rows(False)[0])
-    context.data["layers"] = {done: {}}
-    with pytest.raises(IncompleteError, match="1 of 7 layers and 0 of 16 buckets"):
-        stacked.run(context, "launch")
+    rows, buckets = family.rows(column, False), family.buckets(column, False)
+    context.data["layers"] = {bench.describe(*rows[0]): {}}
+    with pytest.raises(IncompleteError, match=f"1 of {len(rows)} layers and 0 of {len(buckets)} buckets"):
+        bench.run(context, family.name, column.name)
 
 
-def test_goals_tell_what_was_reached():
-    def entry(name: str, kind: str, milliseconds: float, note: str = "") -> dict:
-        stat = {"median": milliseconds * 1e-3, "p20": 1e-3, "p80": 1e-3, "count": 1}
-        timing = {"forward": stat, "backward": stat, "total": stat}
-        return {"name": name, "kind": kind, "note": note, "timing": timing, "reason": ""}
+def entry(name: str, kind: str, milliseconds: float, note: str = "") -> dict:
+    stat = {"median": milliseconds * 1e-3, "p20": 1e-3, "p80": 1e-3, "count": 1}
+    timing = {"forward": stat, "backward": stat, "total": stat}
+    return {"name": name, "kind": kind, "note": note, "timing": timing, "reason": ""}
 
-    entries = [
-        entry("Python loop", "peer", 20.0),
-        entry("baddbmm", "peer", 3.0),
-        entry("torch.compile", "peer", 1.5),
+
+def lines_of(family: str, peers: dict[str, float], graphed: list[dict] | None = None) -> dict[str, goals.Line]:
+    """Of a layer whose limit takes 1 ms, we 2 and our Triton kernels 1, measured in every column."""
+    entries = [entry(name, "peer", milliseconds) for name, milliseconds in peers.items()]
+    entries += [
         entry("effens_kernels", "ours", 2.0, "backend cuda"),
         entry("effens_kernels (triton)", "backend", 1.0, "backend triton"),
         entry("limit", "limit", 1.0),
@@ -248,14 +307,20 @@ def test_goals_tell_what_was_reached():
     row = {"suite": "s", "workload": "w", "dtype": "float32", "threads": 0, "forward_flops": 1, "backward_flops": 2}
     layer = {
         "eager": {**row, "entries": entries},
-        "graphed": {**row, "entries": []},
+        "graphed": {**row, "entries": graphed or []},
         "case": {"members": 10, "batch": 2},
         "bytes": [2_000_000, 4_000_000],
         "counts": {"effens_kernels": {"launches": {"forward": 1, "backward": 4}, "host": {}}},
     }
-    records = {f"bench-stacked-{name}": {"data": {"layers": {"w": layer}, "buckets": {}}} for name in columns.COLUMNS}
+    records = {FAMILIES[family].part(column): {"data": {"layers": {"w": layer}}} for column in FAMILIES[family].columns}
     records["ceilings"] = {"data": {"copy": {"TB/s": 0.002}}}
-    lines = {line.goal: line for line in goals.lines(records)}
+    found = goals.lines(records)
+    assert {line.family for line in found} == {family}
+    return {line.goal: line for line in found}
+
+
+def test_goals_tell_what_was_reached():
+    lines = lines_of("stacked", {"Python loop": 20.0, "baddbmm": 3.0, "torch.compile": 1.5})
     assert lines["kernels, forward"].verdict == "met"
     assert lines["kernels, backward"].verdict == "missed"
     assert lines["loop / ours"].reached == {"automatic": 10.0, "cuda": 10.0, "triton": 20.0}
@@ -264,6 +329,27 @@ def test_goals_tell_what_was_reached():
     assert lines["best eager peer / ours"].verdict == "missed"
     assert lines["best graphed peer / ours"].verdict == "not measured"
     assert lines["of copy bandwidth, forward"].reached["automatic"] == pytest.approx(0.5)
+
+
+def test_goals_of_the_shared_form():
+    peers = {"Python loop": 20.0, "broadcast": 6.0, "torch.compile": 4.0, "torch.compile (max-autotune)": 2.5}
+    lines = lines_of("shared", peers)
+    assert (lines["kernels, forward"].target, lines["kernels, backward"].target) == (1, 3)
+    assert lines["best eager peer / ours"].verdict == "met"  # 6 over 2 is 3
+    assert lines["of copy bandwidth, backward"].reached["automatic"] == pytest.approx(1.0)
+    assert lines["of copy bandwidth, backward"].verdict == "met"
+    forward, backward = lines["ours / one product, forward"], lines["ours / two products, backward"]
+    assert forward.reached == {"automatic": 2.0, "cuda": 2.0, "triton": 1.0}
+    assert (forward.target, backward.target, forward.verdict) == (1.08, 1.12, "missed")
+    assert lines["torch.compile / ours"].reached["automatic"] == 1.25  # the faster of the two
+    assert lines["torch.compile / ours"].verdict == "missed"
+
+    # Graphs, where there are any: the host's time does not count.
+    graphed = [entry("effens_kernels", "ours", 1.05, "backend cuda"), entry("limit", "limit", 1.0)]
+    lines = lines_of("shared", peers, graphed)
+    assert lines["ours / one product, forward"].verdict == "met"
+    assert lines["torch.compile / ours"].verdict == "not measured"
+    assert lines["best eager peer / ours"].reached["automatic"] == 3.0
 
 
 def test_failed_tests_are_named(tmp_path):
@@ -301,7 +387,9 @@ def test_shards_cover_every_test_once():
 
 
 def test_every_part_is_documented():
+    """By its name, or as one of a row: `tests-triton-1` to `-3`; `bench-shared-launch`, `-memory`."""
     text = (ROOT / "docs" / "benchmarks.md").read_text()
-    for name in ("build", "tests-cuda", "tests-triton-1", "memcheck", "racecheck", "ceilings", "bench-stacked-launch"):
-        assert name in parts.PARTS
-        assert f"`{name}`" in text
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    for name in parts.PARTS:
+        group, _, last = name.rpartition("-")
+        assert any(f"`{name}`" in row or (f"`{group}-" in row and f"`-{last}`" in row) for row in rows), name

@@ -1,10 +1,18 @@
 """One file an op: how each contestant computes its workloads.  A new op adds its SUITE here."""
 
-from . import batchensemble, grouped_linear, models, rank1_conv2d
+from . import batchensemble, grouped_linear, mix_templates, mixture_linear, models, rank1_conv2d
 from .base import Contestant, NotApplicableError, Problem, Suite
 
 SUITES: dict[str, Suite] = {
-    suite.name: suite for suite in (models.SUITE, grouped_linear.SUITE, batchensemble.SUITE, rank1_conv2d.SUITE)
+    suite.name: suite
+    for suite in (
+        models.SUITE,
+        grouped_linear.SUITE,
+        batchensemble.SUITE,
+        rank1_conv2d.SUITE,
+        mix_templates.SUITE,
+        mixture_linear.SUITE,
+    )
 }
 
 __all__ = ["SUITES", "Contestant", "NotApplicableError", "Problem", "Suite"]

@@ -17,6 +17,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 5e-2, torc
 
 LOOP, COMPILE, OURS, LIMIT = "Python loop", "torch.compile", "effens_kernels", "limit"
 COMPILE_MAX = "torch.compile (max-autotune)"
+COMPILED = (COMPILE, COMPILE_MAX)
 PER_MEMBER = "mm per member"
 
 
@@ -144,6 +145,20 @@ def copy_limit(forward_bytes: int, backward_bytes: int, device: str) -> Contesta
     return Contestant(LIMIT, copy, forward, (), dict, kind="limit", backward=copy_backward)
 
 
+def one_after_the_other(first: Contestant, second: Contestant) -> Contestant:
+    """A limit that consists of two."""
+
+    def forward(*_: object) -> Tensor:
+        second.forward()
+        return first.forward()
+
+    def backward(output: Tensor, gradient: Tensor) -> None:
+        second.backward(output, gradient)
+        first.backward(output, gradient)
+
+    return Contestant(LIMIT, forward, (), (), dict, kind="limit", backward=backward)
+
+
 @dataclass(frozen=True)
 class Suite:
     """Workloads of one kind, and how to build each contestant for them."""
@@ -155,7 +170,7 @@ class Suite:
     ours: Callable[[Problem], list[Contestant]]
     products: Callable[[Any], list[Product]]
     more_workloads: tuple[Any, ...] = ()  # of the full run
-    plain: Callable[[Problem], Contestant] | None = None  # the limit, where it is not matrix products
+    plain: Callable[[Problem], Contestant] | None = None  # the limit, where it is not matrix products alone
 
     def limit(self, problem: Problem) -> Contestant:
         if self.plain is not None:

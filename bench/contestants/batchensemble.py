@@ -55,6 +55,11 @@ def _contestant(name: str, problem: Problem, layer: Callable[..., Tensor], **lab
     return Contestant(name, function, (x, layers), _leaves(x, layers), lambda: _gradients(x, layers), **labels)
 
 
+def from_function(problem: Problem, name: str, function: Callable[..., Tensor], **labels: str) -> Contestant:
+    """function(x, weight, r, s, bias) on the values of a workload of one layer."""
+    return _contestant(name, problem, lambda *values: function(*values[:-1]), **labels)
+
+
 def _leaves(x: Tensor, layers: Layers) -> list[Tensor]:
     return [x] * x.requires_grad + [t for layer in layers for t in layer]
 

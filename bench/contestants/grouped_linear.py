@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effens_kernels import _dispatch, grouped_linear
 from effens_kernels.ops._activations import ACTIVATIONS
 from effens_kernels.testing import LAYER_WORKLOADS, LinearCase
 
-from .base import LOOP, OURS, Contestant, NotApplicableError, Problem, Product, Suite
+from .backends import every_backend
+from .base import LOOP, Contestant, NotApplicableError, Problem, Product, Suite
 
 MORE_WORKLOADS = (
     LinearCase(10, 256, 8, 64, activation="relu"),
@@ -111,24 +111,12 @@ def grouped_mm(problem: Problem) -> Contestant:
 
 
 def ours(problem: Problem) -> list[Contestant]:
-    """Every backend that runs here; the one that dispatch chooses comes first and stands for the package."""
     case = problem.workload
-    sizes = case.members, case.batch, case.inputs, case.outputs
-    question = _dispatch.Problem("grouped_linear", problem.device, problem.dtype, sizes)
-    chosen = _dispatch.select(question)
-    found = []
-    for backend in sorted(_dispatch.BACKENDS, key=lambda backend: backend != chosen):
-        if _dispatch.why_not(backend, question) is not None:
-            continue
+    return every_backend("grouped_linear", problem, sizes(case), from_function, {"activation": case.activation})
 
-        name, kind = (OURS, "ours") if backend == chosen else (f"{OURS} ({backend})", "backend")
-        requested = None if backend == chosen else backend  # what users write pays for the choice as well
 
-        def function(x: Tensor, weight: Tensor, bias: Tensor, requested: str | None = requested) -> Tensor:
-            return grouped_linear(x, weight, bias, activation=case.activation, backend=requested)
-
-        found.append(_contestant(name, function, *_inputs(problem)[:3], kind=kind, note=f"backend {backend}"))
-    return found
+def sizes(case: LinearCase) -> tuple[int, int, int, int]:
+    return case.members, case.batch, case.inputs, case.outputs
 
 
 def products(case: LinearCase) -> list[Product]:

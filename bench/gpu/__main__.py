@@ -105,7 +105,7 @@ def status(store: Store, part: Part) -> str:
 
 def show(store: Store, chosen: list[str], not_begun: dict[str, str], brief: bool = False) -> None:
     records = store.records()
-    path, image, no_plot = (None, None, "") if brief else report.write(store)
+    path, images, no_plot = (None, [], "") if brief else report.write(store)
     try:
         from rich.console import Console
 
@@ -124,7 +124,7 @@ def show(store: Store, chosen: list[str], not_begun: dict[str, str], brief: bool
             table.reached(console, records)
             table.ceilings(console, records)
         table.states(console, records, chosen, not_begun)
-    for line in filter(None, (path and f"wrote {path}", image and f"      {image}", no_plot)):
+    for line in filter(None, (path and f"wrote {path}", *(f"      {image}" for image in images), no_plot)):
         print(line)
 
 

@@ -6,21 +6,18 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from effens_kernels.testing import LinearCase
-
-from ..contestants import Contestant, NotApplicableError, Problem, Suite
-from ..contestants import grouped_linear as stacked
-from ..contestants.base import COMPILE, COMPILE_MAX, copy_limit, limit_per_member
+from ..contestants import Contestant, NotApplicableError, Problem
+from ..contestants.backends import every_backend
+from ..contestants.base import COMPILE, COMPILE_MAX, copy_limit
 from ..graphs import SUFFIX, graphed
 from ..results import Entry, Row
 from ..runner import Lineup, fastest_first
 from ..timing import measure
 from .cold import evict_l2, release_memory
-from .columns import Column, moved_bytes
 from .context import Context
 from .counts import host_seconds, launches
+from .families import Column, Family
 from .precision import TOLERANCE, precision
 
 SECONDS = {"cuda": 6.0, "cpu": 0.05}  # of timing, divided among the contestants
@@ -29,41 +26,28 @@ AUTOTUNE_SECONDS = 60.0  # that torch.compile may take to try its choices for on
 MODES = ("eager", "graphed")
 
 
-def suite(column: Column) -> Suite:
-    peers = {**stacked.SUITE.peers, "bmm + bias": bmm_then_bias}
-    return replace(stacked.SUITE, name=f"stacked-{column.name}", title=column.title, peers=peers)
-
-
-def bmm_then_bias(problem: Problem) -> Contestant:
-    """Bias and activation out of place, after the product: a kernel each."""
-    activation = stacked.ACTIVATIONS[problem.workload.activation].apply
-
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows = x.expand(len(weight), *x.shape) if x.dim() == 2 else x
-        return activation(torch.bmm(rows, weight.mT) + bias.unsqueeze(1))
-
-    return stacked.from_function(problem, "bmm + bias", function)
-
-
-def run_layer(column: Column, case: LinearCase, name: str, context: Context, reserved: float) -> dict[str, Any]:
+def run_layer(
+    family: Family, column: Column, workload: Any, name: str, context: Context, reserved: float
+) -> dict[str, Any]:
     """{"eager": Row, "graphed": Row, "bytes": ..., "counts": ...}; `reserved`: seconds for what comes after."""
     release_memory()
     with precision(name) as dtype:
-        return _run_layer(column, suite(column), Problem(case, dtype, context.device), name, context, reserved)
+        return _run_layer(family, column, Problem(workload, dtype, context.device), name, context, reserved)
 
 
 def _run_layer(
-    column: Column, about: Suite, problem: Problem, name: str, context: Context, reserved: float
+    family: Family, column: Column, problem: Problem, name: str, context: Context, reserved: float
 ) -> dict[str, Any]:
-    case, device = problem.workload, problem.device
+    workload, device = problem.workload, problem.device
     lineup = Lineup(TOLERANCE.get(name))
     torch.compiler.reset()  # what was compiled for other shapes makes torch.compile generalize
-    for peer, build in about.peers.items():
+    for peer, build in family.suite.peers.items():
         lineup.admit(peer, lambda build=build: build(problem))
     _admit_compiled(lineup, context, reserved)
-    for ours in about.ours(problem):
+    options = family.options(workload)
+    for ours in every_backend(family.op, problem, family.sizes(workload), family.from_function, options):
         lineup.admit(ours.name, lambda ours=ours: ours, ours.kind)
-    for limit in _limits(column, about, problem):
+    for limit in _limits(family, column, problem):
         lineup.add(limit)
     for contestant in list(lineup.runnable):
         if contestant.kind in ("limit", "bound"):
@@ -75,12 +59,12 @@ def _run_layer(
     timings = measure(
         lineup.runnable, SECONDS[device], device, ROUNDS[device], before=evict_l2(device if column.cold else "cpu")
     )
-    row = Row(about.name, str(case), name, 0, *about.flops(case))
+    row = Row(f"{family.name}-{column.name}", str(workload), name, 0, *family.suite.flops(workload))
     entries = lineup.timed(timings)
     return {
-        **{mode: asdict(replace(row, suite=f"{about.name}-{mode}", entries=_of(mode, entries))) for mode in MODES},
-        "case": asdict(case),
-        "bytes": moved_bytes(case, problem.dtype),
+        **{mode: asdict(replace(row, suite=f"{row.suite}-{mode}", entries=_of(mode, entries))) for mode in MODES},
+        "case": asdict(workload),
+        "bytes": family.moved_bytes(workload, problem.dtype),
         "counts": counts,
     }
 
@@ -105,12 +89,12 @@ def _admit_compiled(lineup: Lineup, context: Context, reserved: float) -> None:
         lineup.admit(COMPILE_MAX, lambda: best.compiled(COMPILE_MAX, **options))
 
 
-def _limits(column: Column, about: Suite, problem: Problem) -> list[Contestant]:
-    case, dtype, device = problem
-    per_member = limit_per_member(about.products(case), case.members, dtype, device)
+def _limits(family: Family, column: Column, problem: Problem) -> list[Contestant]:
     if column.limit == "copy":
-        return [per_member, copy_limit(*moved_bytes(case, dtype), device)]
-    return [per_member, about.limit(problem)]
+        limit = copy_limit(*family.moved_bytes(problem.workload, problem.dtype), problem.device)
+    else:
+        limit = family.suite.limit(problem)
+    return [*family.bounds(problem), limit]
 
 
 def _add_graph(lineup: Lineup, contestant: Contestant, device: str) -> None:
@@ -126,5 +110,5 @@ def _of(mode: str, entries: list[Entry]) -> list[Entry]:
     return [replace(e, name=e.name.removesuffix(SUFFIX)) for e in entries if e.name.endswith(SUFFIX) == graphs]
 
 
-def describe(case: LinearCase, name: str) -> str:
-    return f"{case}, {name}"
+def describe(workload: Any, name: str) -> str:
+    return f"{workload}, {name}"

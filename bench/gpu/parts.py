@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from .columns import COLUMNS
+from .families import each_column
 
 LIMIT = 480.0  # seconds of any part
 PACKAGE = ("effens_kernels", "csrc", "setup.py", "_build_backend")
@@ -52,8 +52,8 @@ PARTS: dict[str, Part] = {
         Part("racecheck", "every kernel, shared memory watched", "sanitizer:run", ("racecheck",), 240, BENCH),
         Part("ceilings", "copy bandwidth, GEMM rates", "ceilings:run", (), 30, ("bench",), needs_extension=False),
         *(
-            Part(f"bench-stacked-{name}", column.title, "stacked:run", (name,), 90, BENCH, resumes=True)
-            for name, column in COLUMNS.items()
+            Part(family.part(column), column.title, "bench:run", (family.name, column.name), 90, BENCH, resumes=True)
+            for family, column in each_column()
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""All parts of a device in one file, with a plot beside it."""
+"""All parts of a device in one file, with a plot of each family beside it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from ..results import Results, Row, row_of
 from . import goals
-from .columns import COLUMNS
 from .context import write_json
+from .families import FAMILIES, Column, Family, each_column
 from .layers import MODES
 from .parts import PARTS
 from .store import SCHEMA, Store, now
@@ -16,8 +16,8 @@ from .store import SCHEMA, Store, now
 TITLES = {"eager": "each kernel issued by the host", "graphed": "CUDA graphs"}
 
 
-def write(store: Store) -> tuple[Path, Path | None, str]:
-    """The report, its plot, and why there is no plot."""
+def write(store: Store) -> tuple[Path, list[Path], str]:
+    """The report, its plots, and why there is none."""
     records = store.records()
     # A step of the merge: parts measured on another day keep their date in their own record.
     path = store.folder / f"report-{now()[:10]}.json"
@@ -33,8 +33,7 @@ def write(store: Store) -> tuple[Path, Path | None, str]:
             "parts": records,
         },
     )
-    plot, reason = _plot(records, path)
-    return path, plot, reason
+    return path, *_plots(records, path)
 
 
 def provenance(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -46,33 +45,41 @@ def provenance(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def dispatch(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Which backend and tile is fastest, by bucket; the times are in the parts."""
     found = []
-    for column in COLUMNS:
-        for bucket in records.get(f"bench-stacked-{column}", {}).get("data", {}).get("buckets", {}).values():
+    for family, column in each_column():
+        for bucket in records.get(family.part(column), {}).get("data", {}).get("buckets", {}).values():
             sizes = {name: bucket[name] for name in ("E", "B", "I", "O", "precision")}
-            found.append({**sizes, **bucket["fastest"]})
+            found.append({"op": family.op, **sizes, **bucket["fastest"]})
     return found
 
 
-def rows(records: dict[str, dict[str, Any]], column: str, mode: str) -> list[Row]:
-    layers = records.get(f"bench-stacked-{column}", {}).get("data", {}).get("layers", {})
+def rows(records: dict[str, dict[str, Any]], family: Family, column: Column, mode: str) -> list[Row]:
+    layers = records.get(family.part(column), {}).get("data", {}).get("layers", {})
     found = [row_of(layer[mode]) for layer in layers.values()]
     return [row for row in found if row.ours and row.of_kind("limit")]
 
 
-def title(column: str, mode: str) -> str:
-    limit = "a copy of the same bytes" if COLUMNS[column].limit == "copy" else "plain products"
-    return f"{COLUMNS[column].title}, {TITLES[mode]} (limit: {limit})"
+def title(column: Column, mode: str) -> str:
+    limit = "a copy of the same bytes" if column.limit == "copy" else "plain products"
+    return f"{column.title}, {TITLES[mode]} (limit: {limit})"
 
 
-def _plot(records: dict[str, dict[str, Any]], path: Path) -> tuple[Path | None, str]:
-    found = [row for column in COLUMNS for mode in MODES for row in rows(records, column, mode)]
-    if not found:
-        return None, "nothing has been timed yet"
+def _plots(records: dict[str, dict[str, Any]], path: Path) -> tuple[list[Path], str]:
+    measured = {
+        family.name: [row for column in family.columns for mode in MODES for row in rows(records, family, column, mode)]
+        for family in FAMILIES.values()
+    }
+    if not any(measured.values()):
+        return [], "nothing has been timed yet"
     try:
         from ..plot import plot
     except ImportError as error:
-        return None, f"no plot: {error}"
-    image = path.with_suffix(".png")
-    titles = {f"stacked-{column}-{mode}": title(column, mode) for column in COLUMNS for mode in MODES}
-    plot(Results(provenance(records), found), image, titles, "the limit")
-    return image, ""
+        return [], f"no plot: {error}"
+    titles = {
+        f"{family.name}-{column.name}-{mode}": title(column, mode) for family, column in each_column() for mode in MODES
+    }
+    images = []
+    for name, found in measured.items():
+        if found:
+            images.append(path.with_name(f"{path.stem}-{name}.png"))
+            plot(Results(provenance(records), found), images[-1], titles, "the limit")
+    return images, ""

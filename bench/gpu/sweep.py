@@ -8,16 +8,16 @@ from __future__ import annotations
 from math import log2
 from typing import Any
 
-from effens_kernels import _dispatch, grouped_linear
-from effens_kernels.testing import LinearCase
+from effens_kernels import _dispatch
 
 from ..contestants import Contestant, Problem
-from ..contestants.grouped_linear import from_function
+from ..contestants.backends import on_backend
 from ..graphs import SUFFIX, graphed
 from ..results import MEASURES
 from ..runner import Lineup
 from ..timing import measure
 from .cold import evict_l2, release_memory
+from .families import Family
 from .precision import TOLERANCE, precision
 from .tiled import TILES, tiled
 
@@ -27,20 +27,19 @@ BACKENDS = {"torch": "reference", "cuda": "cuda", "triton": "triton"}  # "cuda":
 MODES = ("eager", "graphed")
 
 
-def bucket(case: LinearCase) -> dict[str, int]:
-    sizes = {"E": case.members, "B": case.batch, "I": case.inputs, "O": case.outputs}
-    return {letter: 2 ** round(log2(max(1, size))) for letter, size in sizes.items()}
+def bucket(sizes: tuple[int, ...]) -> dict[str, int]:
+    return {letter: 2 ** round(log2(max(1, size))) for letter, size in zip("EBIO", sizes)}
 
 
-def run_bucket(case: LinearCase, name: str, device: str, cold: bool) -> dict[str, Any]:
+def run_bucket(family: Family, workload: Any, name: str, device: str, cold: bool) -> dict[str, Any]:
     release_memory()
     with precision(name) as dtype:
-        problem = Problem(case, dtype, device)
+        problem = Problem(workload, dtype, device)
         lineup = Lineup(TOLERANCE.get(name))
         for candidate, backend in BACKENDS.items():
-            lineup.admit(candidate, lambda c=candidate, b=backend: _of_backend(problem, c, b), "backend")
+            lineup.admit(candidate, lambda c=candidate, b=backend: _of_backend(family, problem, c, b), "backend")
         for tile in TILES:
-            lineup.admit(f"cuda tile {tile}", lambda tile=tile: tiled(problem, tile), "backend")
+            lineup.admit(f"cuda tile {tile}", lambda tile=tile: _of_tile(family, problem, tile), "backend")
         for contestant in list(lineup.runnable):
             lineup.admit(contestant.name + SUFFIX, lambda c=contestant: graphed(c, device), "backend")
         before = evict_l2(device if cold else "cpu")
@@ -51,9 +50,9 @@ def run_bucket(case: LinearCase, name: str, device: str, cold: bool) -> dict[str
         found = {kind: getattr(timing, kind).median for kind in MEASURES}
         seconds[mode][candidate.removesuffix(SUFFIX)] = found
     return {
-        **bucket(case),
+        **bucket(family.sizes(workload)),
         "precision": name,
-        "activation": case.activation,
+        "options": family.options(workload),
         "cold": cold,
         "fastest": {mode: {kind: _fastest(seconds[mode], kind) for kind in MEASURES} for mode in MODES},
         "seconds": seconds,
@@ -61,15 +60,16 @@ def run_bucket(case: LinearCase, name: str, device: str, cold: bool) -> dict[str
     }
 
 
-def _of_backend(problem: Problem, name: str, backend: str) -> Contestant:
+def _of_backend(family: Family, problem: Problem, name: str, backend: str) -> Contestant:
     # The rehearsal's emulation is asked like the GPU; what cannot run says so.
-    _dispatch.select(_dispatch.Problem("grouped_linear", problem.device, problem.dtype), backend)
-    activation = problem.workload.activation
+    _dispatch.select(_dispatch.Problem(family.op, problem.device, problem.dtype), backend)
+    function = on_backend(family.op, backend, family.options(problem.workload))
+    return family.from_function(problem, name, function, kind="backend")
 
-    def function(*tensors: Any) -> Any:
-        return grouped_linear(*tensors, activation=activation, backend=backend)
 
-    return from_function(problem, name, function, kind="backend")
+def _of_tile(family: Family, problem: Problem, tile: int) -> Contestant:
+    function = tiled(family.op, family.options(problem.workload).get("activation"), tile)
+    return family.from_function(problem, f"cuda tile {tile}", function, kind="backend")
 
 
 def _fastest(seconds: dict[str, dict[str, float]], kind: str) -> str | None:

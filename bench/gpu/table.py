@@ -10,8 +10,9 @@ from rich.table import Table
 
 from ..tables import reasons, terminal_table
 from . import goals, report
-from .columns import COLUMNS
+from .families import each_column
 from .layers import MODES
+from .measured import OURS
 from .parts import PARTS
 from .precision import PRECISIONS
 from .store import PASSED
@@ -22,10 +23,10 @@ NOT_RUN = "not run"
 
 
 def times(console: Console, records: dict[str, dict[str, Any]]) -> None:
-    for column in COLUMNS:
+    for family, column in each_column():
         shown = []
         for mode in MODES:
-            rows = report.rows(records, column, mode)
+            rows = report.rows(records, family, column, mode)
             if rows:
                 shown += rows
                 title = f"Forward + backward. {report.title(column, mode)}"
@@ -38,10 +39,10 @@ def fastest(console: Console, records: dict[str, dict[str, Any]]) -> None:
     buckets = report.dispatch(records)
     if not buckets:
         return
-    table = _table("Fastest by bucket, forward + backward", "E", "B", "I", "O", "precision", *MODES)
+    table = _table("Fastest by bucket, forward + backward", "op", "E", "B", "I", "O", "precision", *MODES)
     for bucket in buckets:
-        sizes = [str(bucket[name]) for name in ("E", "B", "I", "O", "precision")]
-        table.add_row(*sizes, *(bucket[mode]["total"] or "–" for mode in MODES))
+        about = [str(bucket[name]) for name in ("op", "E", "B", "I", "O", "precision")]
+        table.add_row(*about, *(bucket[mode]["total"] or "–" for mode in MODES))
     console.print(table)
 
 
@@ -49,12 +50,12 @@ def reached(console: Console, records: dict[str, dict[str, Any]]) -> None:
     lines = goals.lines(records)
     if not lines:
         return
-    table = _table("Goals", "", "layer", "goal", "target", *goals.OURS, "reached / goal", "")
+    table = _table("Goals", "family", "bound by", "layer", "goal", "target", *OURS, "reached / goal", "")
     for line in lines:
         target = "" if line.target is None else f"{'≤' if line.at_most else '≥'} {line.target:g}"
         verdict = f"[{VERDICTS[line.verdict]}]{line.verdict}[/]"
-        values = [_number(line.reached[who]) for who in goals.OURS]
-        table.add_row(line.column, line.layer, line.goal, target, *values, _number(line.ratio), verdict)
+        values = [_number(line.reached[who]) for who in OURS]
+        table.add_row(line.family, line.column, line.layer, line.goal, target, *values, _number(line.ratio), verdict)
     console.print(table)
     asked = [line for line in lines if line.target is not None]
     console.print(f"{sum(line.verdict == 'met' for line in asked)} of {len(asked)} goals met by the automatic choice\n")

@@ -1,6 +1,8 @@
-"""grouped_linear on the CUDA kernels with a tile size of choice, which the public op leaves to the kernels."""
+"""A linear op on the CUDA kernels with a tile size of choice, which the public op leaves to the kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,34 +11,33 @@ from effens_kernels import _native
 from effens_kernels._precision import uses_tf32
 from effens_kernels.ops._activations import ACTIVATIONS
 
-from ..contestants import Contestant, Problem
-from ..contestants.grouped_linear import from_function
-
 TILES = (0, 1, 2)
 
 
-class _TiledLinear(torch.autograd.Function):
+class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, tile: int) -> Tensor:
+    def forward(ctx, op: str, activation: str | None, tile: int, *tensors: Tensor) -> Tensor:
+        """`tensors`: the factors, then the bias."""
         what = ACTIVATIONS[activation]
-        save = what.saves == "preactivation"
-        y, z = _native.cuda_ops.grouped_linear_fwd.default(x, weight, bias, what.code, save, uses_tf32(x.dtype), tile)
-        ctx.save_for_backward(x, weight, z if save else y)
-        ctx.code, ctx.tile = what.code, tile
+        save, tf32 = what.saves == "preactivation", uses_tf32(tensors[0].dtype)
+        y, z = getattr(_native.cuda_ops, f"{op}_fwd").default(*tensors, what.code, save, tf32, tile)
+        ctx.save_for_backward(*tensors[:-1], z if save else y)
+        ctx.op, ctx.code, ctx.tile = op, what.code, tile
         return y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        found = _native.cuda_ops.grouped_linear_bwd.default(
-            grad, x, weight, saved, ctx.code, *need, uses_tf32(x.dtype), ctx.tile
-        )
-        return *(t if n else None for t, n in zip(found, need)), None, None
+        *factors, saved = ctx.saved_tensors
+        need, tf32 = ctx.needs_input_grad[3:], uses_tf32(grad.dtype)
+        bwd = getattr(_native.cuda_ops, f"{ctx.op}_bwd").default
+        found = bwd(grad, *factors, saved, ctx.code, *need, tf32, ctx.tile)
+        return None, None, None, *(t if n else None for t, n in zip(found, need))
 
 
-def tiled(problem: Problem, tile: int) -> Contestant:
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _TiledLinear.apply(x, weight, bias, problem.workload.activation, tile)
+def tiled(op: str, activation: str | None, tile: int) -> Callable[..., Tensor]:
+    """The op as a function of its factors and bias."""
 
-    return from_function(problem, f"cuda tile {tile}", function, kind="backend")
+    def function(*tensors: Tensor) -> Tensor:
+        return _Tiled.apply(op, activation, tile, *tensors)
+
+    return function

@@ -98,6 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_bwd(const Tensor& grad, const 
   wgrad.batches = s.members, wgrad.m = s.outputs, wgrad.n = need_weight ? s.inputs : 0, wgrad.k = s.batch;
   wgrad.a = g.transposed().batched(), wgrad.saved = a.transposed().batched();
   wgrad.b = Matrices(x).batched();
+  prefer_large_pages(grad_weight.mutable_data_ptr(), size_t(grad_weight.numel() * bytes_of(wgrad.dtype)));
   if (need_weight) wgrad.c = output_of(grad_weight);
   if (need_bias) wgrad.row_sums = grad_bias.mutable_data_ptr(), wgrad.row_sums_batch = s.outputs;
 

@@ -78,6 +78,21 @@ struct Plan {
   int64_t tasks() const { return row_blocks * col_blocks; }  // per g
 };
 
+// Rows mixed linearly (mix.inl), or that backwards.  Strides count elements; columns are contiguous.
+struct Mixing {
+  DType dtype = DType::f32;
+  int64_t members = 0, templates = 0, columns = 0;
+  const void* coefficients = nullptr;  // [members, templates]
+  int64_t coefficient_row = 0, coefficient_col = 0;
+  const void* templates_data = nullptr;  // [templates, columns]
+  int64_t template_row = 0;
+  void* mixed = nullptr;  // forward: [members, columns]
+  int64_t mixed_row = 0;
+  const void* grad = nullptr;  // backward: of `mixed`
+  int64_t grad_row = 0;
+  void* grad_templates = nullptr;  // [templates, columns], contiguous; optional
+};
+
 // One instruction set's compiled engine.
 struct Engine {
   const char* name;
@@ -89,6 +104,10 @@ struct Engine {
   void (*transform)(const Gemm&, int64_t g, void* to, int64_t ld);
   // to[i] = sum of parts[j * stride + i] over j < count: from the type of sums to dtype.
   void (*add_up)(DType, const void* parts, int64_t count, int64_t stride, void* to, int64_t n);
+  // For a range of columns.  `partial`: what it adds to the coefficients' gradient, [members, templates] of the type of
+  // sums; null where that is not wanted.
+  void (*mix)(const Mixing&, int64_t first, int64_t last);
+  void (*mix_backward)(const Mixing&, int64_t first, int64_t last, void* partial);
 };
 
 extern const Engine engine_baseline;
@@ -102,6 +121,10 @@ const Engine& engine();
 bool set_engine(const char* name);
 // All compiled engines, worst first; terminated by a null name.
 const Engine* const* engines();
+
+// Asks the system to back fresh memory of 4 MiB and more by large pages, where it offers them (Linux, as NumPy does): a
+// new result of tens of MiB is otherwise faulted in page by page, which takes longer than to compute it.
+void prefer_large_pages(void* data, size_t bytes);
 
 // Per-thread memory that grows and is kept; `slot` < scratch_slots.
 constexpr int scratch_slots = 7, slot_shared_operand = 5;  // the engine itself uses 0 to 4

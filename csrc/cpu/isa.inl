@@ -12,6 +12,7 @@ namespace EFFENS_ISA {
 #endif
 #include "fold.inl"
 #include "gemm.inl"
+#include "mix.inl"
 // clang-format on
 
 #if defined(EFFENS_HAS_BF16)
@@ -37,6 +38,15 @@ static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
 static void add_up(DType dtype, const void* parts, int64_t count, int64_t stride, void* to, int64_t n) {
   if (dtype == DType::bf16) return add_up<bf16>(parts, count, stride, to, n);
   engine_avx512.add_up(dtype, parts, count, stride, to, n);
+}
+
+static void mix(const Mixing& p, int64_t first, int64_t last) {
+  return p.dtype == DType::bf16 ? Mix<bf16>::forward(p, first, last) : engine_avx512.mix(p, first, last);
+}
+
+static void mix_backward(const Mixing& p, int64_t first, int64_t last, void* partial) {
+  if (p.dtype == DType::bf16) return Mix<bf16>::backward(p, first, last, partial);
+  engine_avx512.mix_backward(p, first, last, partial);
 }
 #else
 template <class T>
@@ -91,6 +101,32 @@ static void add_up(DType dtype, const void* parts, int64_t count, int64_t stride
       return add_up<f16>(parts, count, stride, to, n);
     default:
       return add_up<float>(parts, count, stride, to, n);
+  }
+}
+
+static void mix(const Mixing& p, int64_t first, int64_t last) {
+  switch (p.dtype) {
+    case DType::f64:
+      return Mix<double>::forward(p, first, last);
+    case DType::bf16:
+      return Mix<bf16>::forward(p, first, last);
+    case DType::f16:
+      return Mix<f16>::forward(p, first, last);
+    default:
+      return Mix<float>::forward(p, first, last);
+  }
+}
+
+static void mix_backward(const Mixing& p, int64_t first, int64_t last, void* partial) {
+  switch (p.dtype) {
+    case DType::f64:
+      return Mix<double>::backward(p, first, last, partial);
+    case DType::bf16:
+      return Mix<bf16>::backward(p, first, last, partial);
+    case DType::f16:
+      return Mix<f16>::backward(p, first, last, partial);
+    default:
+      return Mix<float>::backward(p, first, last, partial);
   }
 }
 #endif

@@ -30,7 +30,8 @@ bool supported() {
 }
 }  // namespace
 const Engine engine_avx512_bf16 = {
-    "avx512_bf16", supported, avx512_bf16::plan, avx512_bf16::run, avx512_bf16::transform_operand, avx512_bf16::add_up};
+    "avx512_bf16",       supported,        avx512_bf16::plan,        avx512_bf16::run, avx512_bf16::transform_operand,
+    avx512_bf16::add_up, avx512_bf16::mix, avx512_bf16::mix_backward};
 }  // namespace effens::cpu
 
 #if defined(__clang__)

@@ -16,5 +16,6 @@
 
 namespace effens::cpu {
 const Engine engine_baseline = {"baseline",    [] { return true; },         baseline::plan,
-                                baseline::run, baseline::transform_operand, baseline::add_up};
+                                baseline::run, baseline::transform_operand, baseline::add_up,
+                                baseline::mix, baseline::mix_backward};
 }  // namespace effens::cpu

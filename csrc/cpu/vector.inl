@@ -156,6 +156,18 @@ EFFENS_INLINE Compute<T> load_one(const T* p) {
   }
 }
 
+// A loaded value that is used several times, kept from being loaded for each use as its operand in memory: loads can be
+// what a loop waits for.
+template <class V>
+EFFENS_INLINE V in_register(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 // The first n of a vector's lanes.  Loads zero the others and never touch memory beyond; stores leave it alone.
 template <class C>
 struct Some {

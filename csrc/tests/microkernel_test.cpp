@@ -5,12 +5,12 @@
 // With small integers every sum is exact, so results must be equal to the last bit however blocks are cut; activations
 // are then checked with real numbers and a bound on the rounding.  Operands lie at the edge of forbidden pages with NaN
 // in their gaps, results in the midst of a pattern that must survive around them and vanish within.
-#include <csignal>
 #include <ctime>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "memory.h"
 
 namespace effens::test {
@@ -20,34 +20,6 @@ using cpu::Activation;
 using cpu::Engine;
 using cpu::Gemm;
 using cpu::Plan;
-
-int64_t checks = 0, failures = 0, failed_cases = 0;
-char current[512] = "";  // the case that runs, for the handler of faults too
-
-// Whether a failure is to be printed: the first of each case, of twenty cases.
-bool failed() {
-  static char last[sizeof(current)] = "none";
-  ++failures;
-  if (std::strcmp(last, current) == 0) return false;
-  std::strcpy(last, current);
-  return ++failed_cases <= 20;
-}
-
-#define CHECK(condition, ...)                          \
-  do {                                                 \
-    ++checks;                                          \
-    if (!(condition) && failed()) {                    \
-      std::printf("line %d: %s: ", __LINE__, current); \
-      std::printf(__VA_ARGS__);                        \
-      std::printf("\n");                               \
-    }                                                  \
-  } while (0)
-
-void fault(int) {
-  const char words[] = "memory outside of an operand was touched by: ";
-  if (write(1, words, sizeof(words) - 1) < 0 || write(1, current, std::strlen(current)) < 0) _exit(2);
-  _exit(1);
-}
 
 // ------------------------------------------------------------------------------------------------- exact functions
 
@@ -437,6 +409,5 @@ int main(int count, char** arguments) {
     std::printf("%s: %ld results compared in %.1f s\n", (*e)->name, long(checks - before),
                 double(std::clock() - start) / CLOCKS_PER_SEC);
   }
-  if (failures) std::printf("FAILED: %ld results of %ld cases\n", long(failures), long(failed_cases));
-  return failures != 0;
+  return report();
 }

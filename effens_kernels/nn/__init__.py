@@ -1,7 +1,9 @@
 """Layers: parameters named as in torch.nn, constructors mirror torch.nn plus `num_members`."""
 
+from .bank import TemplateBank
 from .batchensemble import BatchEnsembleConv2d, BatchEnsembleLinear
 from .linear import EnsembleLinear, MultiHeadLinear
+from .mixture import MixtureConv2d, MixtureLinear
 from .mlp import EnsembleMLP
 from .norm import EnsembleBatchNorm1d, EnsembleBatchNorm2d, EnsembleLayerNorm
 
@@ -13,5 +15,8 @@ __all__ = [
     "EnsembleLayerNorm",
     "EnsembleLinear",
     "EnsembleMLP",
+    "MixtureConv2d",
+    "MixtureLinear",
     "MultiHeadLinear",
+    "TemplateBank",
 ]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import rank1_conv2d, rank1_linear
 from ..ops._checks import reject
-from ..ops.rank1_conv2d.options import Numbers, numbers
+from ..ops._convolution import Numbers
+from ._convolution import Convolution
 from ._layout import as_given, checked_activation, layout_repr, members_first, one_layout, one_member, positive
 
 INITS = ("normal", "random_sign", "ones")
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class _BatchEnsemble(nn.Module):
@@ -207,7 +206,7 @@ class BatchEnsembleLinear(_BatchEnsemble):
         )
 
 
-class BatchEnsembleConv2d(_BatchEnsemble):
+class BatchEnsembleConv2d(_BatchEnsemble, Convolution):
     r"""A convolution per member, of one shared weight: :math:`y_e = \mathrm{conv}(x_e \circ r_e, W) \circ s_e + b_e`.
 
     BatchEnsemble (Wen et al. 2020, equation 5), as :class:`BatchEnsembleLinear`; `r` scales input channels, `s` output
@@ -256,19 +255,9 @@ class BatchEnsembleConv2d(_BatchEnsemble):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        layer = "BatchEnsembleConv2d"
-        positive(layer, in_channels=in_channels, out_channels=out_channels, num_members=num_members, groups=groups)
-        for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
-            if channels % groups:
-                reject(layer, name, f"a multiple of groups={groups}", repr(channels))
-        if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
-            reject(layer, "padding_mode", f"one of {', '.join(map(repr, PADDING_MODES))}", repr(padding_mode))
-        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size = numbers(layer, "kernel_size", kernel_size, 2, 1)
-        self.stride = numbers(layer, "stride", stride, 2, 1)
-        self.dilation = numbers(layer, "dilation", dilation, 2, 1)
-        self.padding, self.padding_mode = self._checked_padding(padding), padding_mode
-        shape = out_channels, in_channels // groups, *self.kernel_size
+        positive("BatchEnsembleConv2d", num_members=num_members)
+        self._read_options(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
+        shape = self._weight_shape()
         self._construct(
             shape, in_channels, num_members, bias, init, std, shared_bias, batch_first, tiled, device, dtype
         )
@@ -289,38 +278,15 @@ class BatchEnsembleConv2d(_BatchEnsemble):
         layer._take(conv)
         return layer
 
-    def _checked_padding(self, padding: Numbers | str) -> tuple[int, ...] | str:
-        if not isinstance(padding, str):
-            return numbers("BatchEnsembleConv2d", "padding", padding, 2, 0)
-        if padding not in ("same", "valid"):
-            reject("BatchEnsembleConv2d", "padding", "numbers, 'same' or 'valid'", repr(padding))
-        if padding == "same" and max(self.stride) > 1:
-            reject("BatchEnsembleConv2d", "padding", f"numbers or 'valid' with stride {self.stride}", repr(padding))
-        return padding
-
     def _product(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-        padding: tuple[int, ...] | str = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = self._padded(x), 0
+        x, padding = self._padded(x)
         return rank1_conv2d(x, self.weight, r, s, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _padded(self, x: Tensor) -> Tensor:
-        """Images with what lies around them by `padding_mode`, as torch.nn.Conv2d pads them."""
-        amounts: list[int] = []  # left, right, top, bottom
-        for axis in (1, 0):
-            total = self.dilation[axis] * (self.kernel_size[axis] - 1)
-            if self.padding == "same":
-                amounts += [total // 2, total - total // 2]
-            else:
-                amounts += [0 if self.padding == "valid" else self.padding[axis]] * 2
-        return F.pad(x.flatten(0, -4), amounts, self.padding_mode).unflatten(0, x.shape[:-3])
-
     def extra_repr(self) -> str:
-        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
         return (
             f"in_channels={self.in_channels}, out_channels={self.out_channels}, kernel_size={self.kernel_size}, "
-            f"num_members={self.num_members}, stride={self.stride}, "
-            + "".join(f"{k}={getattr(self, k)!r}, " for k, v in defaults.items() if getattr(self, k) != v)
+            f"num_members={self.num_members}, "
+            + self._options_repr()
             + self._repr()
             + layout_repr(self.batch_first, self.tiled)
         )

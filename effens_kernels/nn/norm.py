@@ -82,6 +82,21 @@ class _EnsembleBatchNorm(nn.Module):
         layer.track_running_stats = norm.track_running_stats  # may have been switched off since
         return _with_parameters(layer, norm)
 
+    @torch.no_grad()
+    def _plain(self, member: int) -> nn.Module:
+        """torch.nn's layer of one member."""
+        place = next((t for t in (self.weight, self.running_mean) if t is not None), torch.empty(0))
+        how = self.eps, self.momentum, self.affine, self.running_mean is not None
+        norm = self.PLAIN(self.num_features, *how, device=place.device, dtype=place.dtype)
+        norm.track_running_stats = self.track_running_stats
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            value = getattr(self, name)
+            if value is not None:
+                getattr(norm, name).copy_(value[member])
+        if self.affine and self.bias is None:
+            norm.register_parameter("bias", None)
+        return norm.train(self.training)
+
     def forward(self, input: Tensor, member: int | None = None) -> Tensor:
         layer = type(self).__name__
         if not isinstance(input, Tensor):

@@ -3,6 +3,7 @@
 from .ensemble_mlp import ensemble_mlp
 from .grouped_linear import grouped_linear
 from .mix_templates import mix_templates
+from .mixture_conv2d import mixture_conv1d, mixture_conv2d, mixture_conv_transpose2d
 from .mixture_linear import mixture_linear
 from .multihead_linear import multihead_linear
 from .rank1_conv2d import rank1_conv1d, rank1_conv2d, rank1_conv_transpose2d
@@ -12,6 +13,9 @@ __all__ = [
     "ensemble_mlp",
     "grouped_linear",
     "mix_templates",
+    "mixture_conv1d",
+    "mixture_conv2d",
+    "mixture_conv_transpose2d",
     "mixture_linear",
     "multihead_linear",
     "rank1_conv1d",

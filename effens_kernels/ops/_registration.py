@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-from .. import _dispatch
+from .. import _dispatch, _env
 
 LIBRARY = torch.library.Library("effens_kernels", "DEF")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -89,6 +89,19 @@ def takes_cpu_engine(op: str, requested: str | None, x: Tensor, *others: Tensor 
         and (requested is None or type(requested) is str)
         and _dispatch.selects("cpu", op, x.dtype, requested)
     )
+
+
+def takes_torch(op: str, requested: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Where `takes_cpu_engine`: whether dispatch takes torch's composition all the same, or the arguments are at fault.
+
+    `weight` is [..., O, I].
+    """
+    if requested is not None or _env.BACKEND is not None:
+        return False
+    if weight is None or x.dim() < 2 or weight.dim() < 2:
+        return True
+    training = needs_grad(x, weight, *others)
+    return _dispatch.has_few_rows(op, x.dtype, x.shape[-2], weight.shape[-1], weight.shape[-2], training)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

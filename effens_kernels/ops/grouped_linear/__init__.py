@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
-from .._registration import takes_cpu_engine
+from .._registration import needs_grad, takes_cpu_engine, takes_torch
 from . import batching, reference  # noqa: F401  (batching registers the vmap rules)
 from .autograd import FORM
 
@@ -36,7 +36,9 @@ def grouped_linear(
     All tensors share one dtype (float32, float16, bfloat16, float64) and one device.  Any strides are accepted;
     views such as `x.transpose(0, 1)` of `[B, E, I]` cost no copy.  As in torch, `B = 0` and `E = 0` give
     empty results, and `I = 0` gives `act(bias)`.  Differentiable any number of times in `x`, `weight` and `bias`;
-    kept for backward: `x`, `weight`, and one `[E, B, O]` tensor where the activation needs it.
+    kept for backward: `x`, `weight`, and one `[E, B, O]` tensor where the activation needs it.  On a CPU, float32 calls
+    of very few rows with large weights (B below I*O / 131,072 with gradients) run as PyTorch's own operations, unless a
+    backend is named: they are faster.
 
     Raises:
         TypeError: an argument is no tensor, or of an unsupported or differing dtype.
@@ -54,7 +56,8 @@ def grouped_linear(
 def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, backend: str | None) -> Tensor:
     """Check, choose, run; `op` is the name that errors speak of."""
     x, weight, bias = autocast(x, weight, bias)
-    if takes_cpu_engine("grouped_linear", backend, x, weight, bias):
+    tensors = x, weight, bias
+    if takes_cpu_engine("grouped_linear", backend, *tensors) and not takes_torch("grouped_linear", backend, *tensors):
         try:
             return FORM.apply_plain("cpu", activation, x, weight, bias)
         except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
@@ -62,7 +65,8 @@ def run(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
             raise
     check(op, x, weight, bias, activation)
     sizes = weight.shape[0], x.shape[-2], x.shape[-1], weight.shape[1]
-    problem = _dispatch.Problem("grouped_linear", x.device.type, x.dtype, sizes, x.device.index)
+    training = needs_grad(x, weight, bias)
+    problem = _dispatch.Problem("grouped_linear", x.device.type, x.dtype, sizes, x.device.index, training)
     chosen = _dispatch.select(problem, backend)
     if chosen == "reference":
         return reference.grouped_linear(x, weight, bias, activation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import torch
@@ -59,18 +60,12 @@ def mix_templates(coefficients: Tensor, templates: Tensor, *, backend: str | Non
     sizes = prod(leading), count, prod(shape)
     problem = _dispatch.Problem(op, templates.device.type, templates.dtype, sizes, templates.device.index)
     chosen = _dispatch.select(problem, backend)
-    order = _memory_order(templates)
-    rows = coefficients.reshape(sizes[0], count)
-    columns = (templates if order is None else templates.permute(0, *order)).reshape(count, sizes[2])
+    rows, (columns, shaped) = coefficients.reshape(sizes[0], count), flat(templates)
     if chosen == "reference":
         mixed = reference.mix_templates(rows, columns)
     else:
         mixed = autograd.apply(rows, columns, chosen)
-    if order is None:
-        return mixed.view(*leading, *shape)
-    mixed = mixed.view(*leading, *(templates.shape[axis] for axis in order))
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return mixed.permute(*range(len(leading)), *(len(leading) + axis for axis in back))
+    return shaped(mixed.view(*leading, sizes[2]))
 
 
 def check(op: str, coefficients: Tensor, templates: Tensor) -> None:
@@ -84,6 +79,22 @@ def check(op: str, coefficients: Tensor, templates: Tensor) -> None:
     if coefficients.shape[-1] != templates.shape[0]:
         fitting = f"[*, T={templates.shape[0]}] to fit templates {list(templates.shape)}"
         reject(op, "coefficients", fitting, coefficients)
+
+
+def flat(templates: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Templates as [T, N], in their order in memory, and what makes [*, N] of that order [*, *shape] again."""
+    order, shape = _memory_order(templates), templates.shape[1:]
+    columns = (templates if order is None else templates.permute(0, *order)).reshape(templates.shape[0], prod(shape))
+    if order is None:
+        return columns, lambda mixed: mixed.view(*mixed.shape[:-1], *shape)
+    back = sorted(range(len(order)), key=order.__getitem__)
+
+    def shaped(mixed: Tensor) -> Tensor:
+        leading = mixed.dim() - 1
+        mixed = mixed.view(*mixed.shape[:-1], *(templates.shape[axis] for axis in order))
+        return mixed.permute(*range(leading), *(leading + axis for axis in back))
+
+    return columns, shaped
 
 
 def _memory_order(templates: Tensor) -> list[int] | None:

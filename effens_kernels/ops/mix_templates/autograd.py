@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._registration import is_plain_eager, needs_grad, register, register_derivative
 
-_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton"}
+_MODULES = {"reference": "reference", "cpu": "native", "cuda": "cuda", "triton": "triton"}
 
 
 def kernels(backend: str) -> ModuleType:

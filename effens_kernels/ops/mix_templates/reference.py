@@ -12,3 +12,18 @@ def mix_templates(coefficients: Tensor, templates: Tensor) -> Tensor:
     leading, shape, count = coefficients.shape[:-1], templates.shape[1:], templates.shape[0]
     mixed = coefficients.reshape(prod(leading), count) @ templates.reshape(count, prod(shape))
     return mixed.view(*leading, *shape)
+
+
+def fwd(coefficients: Tensor, templates: Tensor) -> Tensor:
+    """[M, T] and [T, N] to [M, N]: what each backend has, for ops that run on any of them."""
+    return coefficients @ templates
+
+
+def bwd(
+    grad: Tensor, coefficients: Tensor, templates: Tensor, need_coefficients: bool, need_templates: bool
+) -> tuple[Tensor, Tensor]:
+    nothing = grad.new_empty(0)
+    return (
+        grad @ templates.mT if need_coefficients else nothing,
+        coefficients.mT @ grad if need_templates else nothing,
+    )

@@ -34,7 +34,7 @@ def mixture_linear(
         x: `[B, I]`, the same rows for every member (never expanded), or `[E, B, I]`, rows per member.
         coefficients: `[E, T]`, those of each member.
         templates: `[T, O, I]`, shared by the members.
-        bias: `[E, O]` or None.
+        bias: `[O]`, shared, `[E, O]`, or None.
         activation: None, "relu", "gelu" (exact), "silu" or "tanh".
         backend: None (automatic), "reference", "cpu", "triton" or "cuda"; a named backend never falls back.
 
@@ -65,6 +65,8 @@ def mixture_linear(
     chosen = _dispatch.select(problem, backend)
     if chosen == "reference":
         return reference.mixture_linear(x, coefficients, templates, bias, activation)
+    if bias is not None and bias.dim() == 1:  # a view of all members', whose gradient torch sums
+        bias = bias.expand(coefficients.shape[0], -1)
     return FORM.apply(chosen, activation, x, coefficients, templates, bias)
 
 
@@ -89,6 +91,6 @@ def check(
     members = coefficients.shape[0]
     if x.dim() == 3 and x.shape[0] != members:
         reject(op, "x", f"[E={members}, B, I] to fit coefficients {list(coefficients.shape)}", x)
-    if bias is not None and list(bias.shape) != [members, outputs]:
-        reject(op, "bias", f"[E={members}, O={outputs}]", bias)
+    if bias is not None and list(bias.shape) not in ([outputs], [members, outputs]):
+        reject(op, "bias", f"[O={outputs}] or [E={members}, O={outputs}]", bias)
     check_activation(op, activation)

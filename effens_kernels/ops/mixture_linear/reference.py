@@ -11,4 +11,6 @@ from ..mix_templates import reference as _mixing
 def mixture_linear(
     x: Tensor, coefficients: Tensor, templates: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
+    if bias is not None and bias.dim() == 1:
+        bias = bias.expand(coefficients.shape[0], -1)
     return _linear.grouped_linear(x, _mixing.mix_templates(coefficients, templates), bias, activation)

@@ -27,7 +27,7 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
         else:  # not read
             weight = templates.new_empty(()).expand(coefficients.shape[0], *templates.shape[1:])
         dx, dweight, db = linear.bwd(grad, x, weight, saved, activation, need_x, need_mixing, need_bias)
-        dcoefficients = dtemplates = x.new_empty(0)
+        dcoefficients, dtemplates = x.new_empty(0), x.new_empty(0)
         if need_mixing:
             needed = need_coefficients, need_templates
             dcoefficients, dtemplates = mixing.bwd(dweight.flatten(1), coefficients, _flat(templates), *needed)

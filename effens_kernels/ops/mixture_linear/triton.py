@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ..grouped_linear import triton as linear
 from ..mix_templates import triton as mixing
-from . import synthesis
+from . import routes
 
-fwd, bwd = synthesis.over(mixing, linear)
+fwd, bwd = routes.over(mixing, linear)

@@ -5,16 +5,14 @@ With its siblings for other numbers of axes and directions, which differ in how 
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 from torch import Tensor
 
 from ... import _dispatch
-from .._checks import autocast, check_alike, check_tensor, reject
+from .._checks import autocast, reject
+from .._convolution import Call, Numbers, Options, check_tensors, read, read_transposed
 from .._registration import is_plain_eager
 from ..rank1_linear import rank1_linear
 from . import folded, reference
-from .options import Numbers, Options, numbers, output_sizes, padded
 
 __all__ = ["rank1_conv1d", "rank1_conv2d", "rank1_conv_transpose2d"]
 
@@ -128,19 +126,7 @@ def rank1_conv_transpose2d(
     op = "rank1_conv_transpose2d"
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     _check_tensors(op, 2, x, weight, r, s, bias)
-    steps = numbers(op, "stride", stride, 2, 1)
-    options = Options(
-        steps,
-        numbers(op, "padding", padding, 2, 0),
-        numbers(op, "dilation", dilation, 2, 1),
-        True,
-        numbers(op, "output_padding", output_padding, 2, 0),
-        numbers(op, "groups", groups, 1, 1)[0],
-    )
-    for extra, step, dilated in zip(options.output_padding, options.stride, options.dilation):
-        if extra >= max(step, dilated):
-            expected = f"less than stride {options.stride} or dilation {options.dilation}"
-            reject(op, "output_padding", expected, repr(output_padding))
+    options = read_transposed(op, 2, stride, padding, output_padding, groups, dilation)
     return _run(op, x, weight, r, s, bias, options, backend)
 
 
@@ -160,10 +146,8 @@ def _convolution(
 ) -> Tensor:
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
     _check_tensors(op, axes, x, weight, r, s, bias)
-    stride, dilation = numbers(op, "stride", stride, axes, 1), numbers(op, "dilation", dilation, axes, 1)
-    (groups,) = numbers(op, "groups", groups, 1, 1)
-    x, padding = padded(op, x, weight, padding, stride, dilation)
-    return _run(op, x, weight, r, s, bias, Options(stride, padding, dilation, False, (0,) * axes, groups), backend)
+    x, options = read(op, x, weight.shape[2:], stride, padding, dilation, groups)
+    return _run(op, x, weight, r, s, bias, options, backend)
 
 
 def _run(
@@ -195,44 +179,19 @@ def _is_pointwise(x: Tensor, weight: Tensor, options: Options) -> bool:
 
 
 def _check_tensors(op: str, axes: int, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> None:
-    """What options cannot change: types, and the ranks of x and weight."""
-    named = {"x": x, "weight": weight, "r": r, "s": s, **({} if bias is None else {"bias": bias})}
-    for name, tensor in named.items():
-        check_tensor(op, name, tensor)
-        check_alike(op, "x", x, name, tensor)
-    image, kernel = ("L", "k") if axes == 1 else ("H, W", "kh, kw")
-    channels = "C, O / groups" if "transpose" in op else "O, C / groups"
-    if weight.dim() != axes + 2 or 0 in weight.shape:
-        reject(op, "weight", f"[{channels}, {kernel}], none of them 0", weight)
-    if x.dim() not in (axes + 2, axes + 3):
-        reject(op, "x", f"[B, C, {image}] or [E, B, C, {image}]", x)
+    check_tensors(op, axes, {"x": x, "weight": weight, "r": r, "s": s, "bias": bias}, "weight")
 
 
 def _check_sizes(
     op: str, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, options: Options
 ) -> None:
-    def unfit(name: str, expected: str, tensor: Tensor) -> NoReturn:
-        reject(op, name, f"{expected} to fit weight {list(weight.shape)} with groups={options.groups}", tensor)
-
-    if weight.shape[0] % options.groups:
-        reject(op, "groups", f"a divisor of weight's {weight.shape[0]} channels", repr(options.groups))
-    inputs, outputs = weight.shape[1] * options.groups, weight.shape[0]
-    if options.transposed:
-        inputs, outputs = outputs, inputs
-    axes = weight.dim() - 2
-    if x.shape[-axes - 1] != inputs:
-        unfit("x", f"of C={inputs} channels (axis {-axes - 1})", x)
+    call = Call(op, x, weight, "weight", options)
+    inputs, outputs = call.channels()
     if r.dim() != 2 or r.shape[1] != inputs:
-        unfit("r", f"[E, C={inputs}] (scales of the inputs)", r)
+        call.unfit("r", f"[E, C={inputs}] (scales of the inputs)", r)
     members = r.shape[0]
     if s.dim() != 2 or s.shape[1] != outputs:
-        unfit("s", f"[E, O={outputs}] (scales of the outputs)", s)
+        call.unfit("s", f"[E, O={outputs}] (scales of the outputs)", s)
     if s.shape[0] != members:
         reject(op, "s", f"[E={members}, O={outputs}] to fit r {list(r.shape)}", s)
-    if x.dim() == axes + 3 and x.shape[0] != members:
-        reject(op, "x", f"images of E={members} members (axis 0) to fit r {list(r.shape)}", x)
-    if bias is not None and list(bias.shape) not in ([outputs], [members, outputs]):
-        reject(op, "bias", f"[O={outputs}] or [E={members}, O={outputs}]", bias)
-    if min(output_sizes(x, weight, options)) < 1:
-        around = f"padding {options.padding} and dilation {options.dilation}"
-        reject(op, "x", f"large enough for weight {list(weight.shape)}, {around} to leave a pixel", x)
+    call.check(members, f"r {list(r.shape)}", outputs, bias)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
-from .._registration import is_plain_eager
-from .options import Options
+from .. import _member_convolution
+from .._convolution import Options
+from .._registration import needs_grad
 from .reference import rank1_conv
 
 # Numbers of folded weight that exist at a time, if it takes more than one member to reach them: 1 MiB of float32,
@@ -65,7 +65,7 @@ class Kernel:
 
 def apply(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, options: Options) -> Tensor:
     """On plain tensors (see `is_plain_eager`) of at least one member."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, r, s, bias)):
+    if needs_grad(x, weight, r, s, bias):
         return Rank1Conv.apply(x, weight, r, s, bias, options)
     return fwd(x, weight, r, s, bias, options)
 
@@ -73,12 +73,8 @@ def apply(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, 
 def fwd(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, options: Options) -> Tensor:
     kernel = Kernel(weight, options)
     outer, inner = kernel.scales(r, s)
-    members, results = len(r), None
-    for chunk in kernel.chunks(members):
-        for e, folded in enumerate(kernel.fold(outer[chunk], inner[chunk]), chunk.start):
-            y = torch.convolution(_images(x, weight, e), folded, None if bias is None else bias[e], *options)
-            results = _store(results, y, e, members)
-    return results
+    weights = (folded for chunk in kernel.chunks(len(r)) for folded in kernel.fold(outer[chunk], inner[chunk]))
+    return _member_convolution.forward(x, weights, len(r), bias, options)
 
 
 def bwd(
@@ -89,24 +85,17 @@ def bwd(
     need_kernel = need_weight or need_r or need_s
     kernel = Kernel(weight, options)
     scales = kernel.scales(r, s)
-    shared, members = x.dim() == weight.dim(), len(r)
-    dx = None
+    members = _member_convolution.Backward(grad, x, options, need_x, need_kernel, need_bias)
     dweight = torch.zeros_like(kernel.matrix) if need_weight else None
-    douter, dinner, dbias = [], [], []
-    # oneDNN has the bias's gradient from the weight's; alone it is a sum.
-    mask = [need_x, need_kernel, need_kernel and need_bias]
-    for chunk in kernel.chunks(members) if need_x or need_kernel else ():
+    douter, dinner = [], []
+    for chunk in kernel.chunks(len(r)) if need_x or need_kernel else ():
         outer, inner = (t[chunk] for t in scales)
         weights = kernel.fold(outer, inner) if need_x else [weight] * len(outer)
         products = outer.new_empty(len(outer), *kernel.matrix.shape) if need_kernel else None  # G
         for e, folded in enumerate(weights, chunk.start):
-            arguments = grad[e], _images(x, weight, e), folded, grad.shape[2:3], *options, mask
-            dx_e, product, dbias_e = torch.ops.aten.convolution_backward.default(*arguments)
-            if need_x:
-                dx = _add(dx, dx_e, kernel.wide) if shared else _store(dx, dx_e, e, members)
+            product = members.member(e, folded)
             if need_kernel:
                 kernel.unflat(products[e - chunk.start].flatten(0, 1)).copy_(product)
-            dbias.append(dbias_e)
         if need_r or need_s:
             weighted = products * kernel.matrix
             douter.append(weighted @ inner.mT)
@@ -121,36 +110,12 @@ def bwd(
         dinner = kernel.unflat(torch.cat(dinner)).flatten(4).sum(-1).flatten(1)
         dr, ds = (douter, dinner) if options.transposed else (dinner, douter)
     return (
-        dx.to(x.dtype) if need_x else None,
+        members.dx(),
         kernel.unflat(dweight.flatten(0, 1)).to(weight.dtype) if need_weight else None,
         dr.to(r.dtype) if need_r else None,
         ds.to(s.dtype) if need_s else None,
-        (torch.stack(dbias) if need_kernel else _sums(grad)) if need_bias else None,
+        members.dbias(),
     )
-
-
-def _sums(grad: Tensor) -> Tensor:
-    """The bias's gradient, [E, O]."""
-    return grad.sum((1, *range(3, grad.dim())))
-
-
-def _images(x: Tensor, weight: Tensor, member: int) -> Tensor:
-    return x if x.dim() == weight.dim() else x[member]
-
-
-def _store(results: Tensor | None, result: Tensor, member: int, members: int) -> Tensor:
-    """Member after member, each laid out as its result is; a single one is not copied."""
-    if members == 1:
-        return result.unsqueeze(0)
-    if results is None:
-        strides = result.numel(), *result.stride()
-        results = result.new_empty_strided((members, *result.shape), strides)
-    results[member].copy_(result)
-    return results
-
-
-def _add(total: Tensor | None, term: Tensor, dtype: torch.dtype) -> Tensor:
-    return term.to(dtype) if total is None else total.add_(term)
 
 
 class Rank1Conv(torch.autograd.Function):
@@ -163,24 +128,12 @@ class Rank1Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 6
-        need = ctx.needs_input_grad[:5]
-        # Autocast is not for these sums, wherever backward is called.
-        seen = torch.is_grad_enabled() or not is_plain_eager(grad) or _functorch.is_legacy_batchedtensor(grad)
-        with torch.autocast(grad.device.type, enabled=False):
-            return *(_differentiable if seen else bwd)(grad, *ctx.saved_tensors, ctx.options, need), None
-
-
-def _differentiable(
-    grad: Tensor, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, options: Options, need: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """`bwd` as a graph of PyTorch's operations: the reference's."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, since one argument may be given twice or depend on another, and each has its own gradient.
-        inputs = [t.view_as(t) for t in (x, weight, r, s)]
-        y = rank1_conv(*inputs, None, options)
-    wanted = [t for t, n in zip(inputs, need) if n]
-    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph) if wanted else ())
-    return *(next(grads) if n else None for n in need[:4]), _sums(grad) if need[4] else None
+        need, options = ctx.needs_input_grad[:5], ctx.options
+        grads = _member_convolution.derivatives(
+            grad,
+            ctx.saved_tensors,
+            need,
+            lambda *tensors: bwd(*tensors, options, need),
+            lambda *tensors: rank1_conv(*tensors, None, options),
+        )
+        return *grads, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .options import Options
+from .._convolution import Options
 
 
 def rank1_conv(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import _dispatch, _env
+from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
-from .._registration import needs_grad, takes_cpu_engine
+from .._registration import needs_grad, takes_cpu_engine, takes_torch
 from . import batching, reference  # noqa: F401  (batching registers the vmap rules)
 from .autograd import FORM
 
@@ -65,9 +65,8 @@ def rank1_linear(
         torch.Size([5, 32, 64])
     """
     x, weight, r, s, bias = autocast(x, weight, r, s, bias)
-    if takes_cpu_engine("rank1_linear", backend, x, weight, r, s, bias) and not _is_delegated(
-        x, weight, r, s, bias, backend
-    ):
+    tensors = x, weight, r, s, bias
+    if takes_cpu_engine("rank1_linear", backend, *tensors) and not takes_torch("rank1_linear", backend, *tensors):
         try:
             return FORM.apply_plain("cpu", activation, x, weight, r, s, _per_member(bias, r))
         except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
@@ -81,15 +80,6 @@ def rank1_linear(
     if chosen == "reference":
         return reference.rank1_linear(x, weight, r, s, bias, activation)
     return FORM.apply(chosen, activation, x, weight, r, s, _per_member(bias, r))
-
-
-def _is_delegated(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, backend: str | None) -> bool:
-    """Whether dispatch would take torch's composition, or the arguments are at fault."""
-    if backend is not None or _env.BACKEND is not None:
-        return False
-    if weight is None or x.dim() < 2 or weight.dim() != 2:
-        return True
-    return _dispatch.has_few_rows(x.dtype, x.shape[-2], *weight.shape, needs_grad(x, weight, r, s, bias))
 
 
 def _per_member(bias: Tensor | None, r: Tensor) -> Tensor | None:

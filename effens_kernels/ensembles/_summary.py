@@ -1,0 +1,49 @@
+"""Summary: a table of numbers that prints in a terminal, with rich."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Summary(NamedTuple):
+    """Rows of numbers and words under named columns; the first column is words.
+
+    `print(summary)` and `rich.print(summary)` show a table; `summary.rows` is what it shows.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | None, ...], ...]
+    total: tuple[str | int | None, ...]
+    notes: tuple[str, ...]
+
+    def __rich__(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=self.title, caption="\n".join(self.notes), box=box.SIMPLE_HEAD, show_footer=True)
+        table.caption_justify = "left"
+        for n, (name, footer) in enumerate(zip(self.columns, self.total)):
+            table.add_column(name, _shown(footer), justify="right" if n else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(_shown, row))
+        return table
+
+    def __str__(self) -> str:
+        try:
+            from rich.console import Console
+        except ImportError as missing:
+            raise ImportError(
+                "a summary is printed with rich: pip install rich (summary.rows needs it not)"
+            ) from missing
+        text = io.StringIO()
+        Console(file=text, width=120).print(self)
+        return text.getvalue()
+
+
+def _shown(value: str | int | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else value

@@ -1,0 +1,112 @@
+"""What all methods need to take a model apart: modules with their paths, which are meant, and replacement."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..ops._checks import reject
+
+Pattern = str | type
+
+# Their parameters act on each row alone, so that members may share them.
+SHARED_AS_THEY_ARE = (nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Site(NamedTuple):
+    """A module of the model and where it is; the first path of one that is used several times names it."""
+
+    module: nn.Module
+    paths: list[str]
+
+    def __str__(self) -> str:
+        return repr(self.paths[0] or "the model itself")
+
+
+class Sites:
+    """The modules of a model, each once, in the order of registration, and which of them are to be converted."""
+
+    def __init__(
+        self, model: nn.Module, include: Pattern | Iterable[Pattern] | None, exclude: Pattern | Iterable[Pattern]
+    ) -> None:
+        self.model = model
+        found: dict[int, Site] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            found.setdefault(id(module), Site(module, [])).paths.append(path)
+        self.all = list(found.values())
+        for site in self.all:
+            if is_ours(site.module):
+                reject("convert", "model", "plain", f"{type(site.module).__name__} at {site}")
+        meant = self._matching("include", include) if include is not None else self.all
+        left = {id(site.module) for site in self._matching("exclude", exclude)}
+        self.meant = [site for site in meant if id(site.module) not in left]
+
+    def _matching(self, argument: str, patterns: Pattern | Iterable[Pattern]) -> list[Site]:
+        chosen: set[int] = set()
+        for pattern in [patterns] if isinstance(patterns, Pattern) else patterns:
+            if not isinstance(pattern, Pattern):
+                reject("convert", argument, "types and paths of modules", repr(pattern), TypeError)
+            hits = {id(site.module) for site in self.all if _matches(pattern, site)}
+            if not hits:
+                reject("convert", argument, "types and paths of modules in the model", f"{pattern!r}, which is not")
+            chosen |= hits
+        return [site for site in self.all if id(site.module) in chosen]
+
+    def of(self, types: Sequence[type[nn.Module]]) -> list[Site]:
+        """The modules to convert of exactly these types; whatever else is to be converted and cannot be is refused."""
+        chosen = [site for site in self.meant if type(site.module) in types]
+        names = ", ".join(t.__name__ for t in types)
+        for site in self.meant:
+            module, kind = site.module, type(site.module).__name__
+            if type(module) in types:
+                if any(getattr(module, hooks) for hooks in _HOOKS):
+                    reject("convert", "model", "without hooks on layers to be replaced", f"{kind} at {site} with hooks")
+                if not set(module._parameters) <= {"weight", "bias"}:
+                    own = ", ".join(module._parameters)
+                    reject("convert", "model", "of layers with a weight and a bias", f"{kind} at {site} with {own}")
+            elif isinstance(module, _BatchNorm) or _has_parameters(module):
+                if type(module) not in SHARED_AS_THEY_ARE:
+                    expected = f"made of {names} and modules without parameters (exclude=[{site}] shares it as it is)"
+                    reject("convert", "model", expected, f"{kind} at {site}")
+        self._refuse_ties(chosen)
+        return chosen
+
+    def _refuse_ties(self, chosen: list[Site]) -> None:
+        """A parameter of two modules cannot become two layers' own."""
+        replaced = {id(site.module) for site in chosen}
+        owner: dict[int, Site] = {}
+        for site in self.all:
+            for name, parameter in site.module._parameters.items():
+                other = owner.setdefault(id(parameter), site)
+                if parameter is None or other is site or not {id(site.module), id(other.module)} & replaced:
+                    continue
+                expected = "of layers whose parameters are their own (exclude both to share them as they are)"
+                reject("convert", "model", expected, f"{name} of {site} tied to {other}")
+
+
+def is_ours(module: nn.Module) -> bool:
+    """A layer or an ensemble of this package."""
+    return type(module).__module__.startswith(f"{__package__.partition('.')[0]}.")
+
+
+def replaced(model: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the model with some modules replaced, wherever they are referred to; those are not copied."""
+    memo: dict[int, object] = {id(old): new for old, new in by.items()}
+    return copy.deepcopy(model, memo)
+
+
+def _matches(pattern: Pattern, site: Site) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(site.module, pattern)
+    ends = (pattern, f"{pattern}.*")  # a module, and what is inside it
+    return any(fnmatchcase(path, end) for path in site.paths for end in ends)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
