@@ -74,6 +74,19 @@ def test_without_a_table():
     assert choose(torch.float64, 8, 256, 64, 64) == "reference"
 
 
+@pytest.mark.usefixtures("imagined_gpu")
+def test_mixing_goes_to_torch_where_arithmetic_bounds_it():
+    def choose(dtype: torch.dtype, *sizes: int) -> str:
+        return _dispatch.select(_dispatch.Problem("mix_templates", "cuda", dtype, sizes))
+
+    for dtype, side in ((torch.float32, 64), (torch.bfloat16, 32)):
+        assert choose(dtype, side, side, 10**6) == "reference"
+        assert choose(dtype, side - 1, side, 10**6) == "cuda"
+        assert choose(dtype, 8, 4096, 10**6) == "cuda"
+    assert choose(torch.float32, 0, 64, 10**6) == "cuda"
+    assert choose(torch.float64, 4, 4, 10**6) == "reference"
+
+
 def test_with_the_table_of_a_report(imagined_gpu):
     path = dispatch_table.write(REPORT, imagined_gpu)
     assert json.loads(path.read_text())["provenance"] == {"grouped_linear": REPORT["provenance"]}
@@ -146,14 +159,16 @@ def test_compiled_code_takes_the_choice_as_a_constant(monkeypatch):
 
     def function(x):
         sizes = 8, x.shape[0], 64, 64
-        return x + len(_dispatch.select(_dispatch.Problem("grouped_linear", "cuda", x.dtype, sizes)))
+        chosen = _dispatch.select(_dispatch.Problem("grouped_linear", "cuda", x.dtype, sizes))
+        mixing = _dispatch.select(_dispatch.Problem("mix_templates", "cuda", x.dtype, (x.shape[0], 4, 64)))
+        return x + len(chosen) + len(mixing)
 
     monkeypatch.setattr(_dispatch, "_why_not_cuda", untraceable)
     monkeypatch.setattr(_dispatch, "takes_device", lambda backend: "cuda")
     _dispatch._why_not_here.cache_clear()
     try:
         compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
-        assert compiled(torch.zeros(5)).eq(len("cuda")).all()
-        assert compiled(torch.zeros(7)).eq(len("cuda")).all()
+        assert compiled(torch.zeros(5)).eq(2 * len("cuda")).all()
+        assert compiled(torch.zeros(7)).eq(2 * len("cuda")).all()
     finally:
         _dispatch._why_not_here.cache_clear()

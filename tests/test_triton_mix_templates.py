@@ -119,6 +119,7 @@ def test_nothing_to_sum_makes_zeros(dtype: torch.dtype) -> None:
         assert torch.equal(dt, torch.zeros_like(templates))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, which the interpreter computes with
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_not_finite_values_flow_through(dtype: torch.dtype) -> None:
     """To where PyTorch has them, and nowhere else: not from beyond the edge of tiles either."""
