@@ -76,7 +76,9 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
         tensor(2.3026)
     """
     labels = _check("nll", logits, labels)
-    return -_log_probabilities(logits).gather(-1, labels.unsqueeze(-1)).mean()
+    # Of the labels' classes alone: one that no member allows has no derivative.
+    own = logits.to(_wide(logits)).log_softmax(-1).gather(-1, labels.expand(len(logits), -1).unsqueeze(-1))
+    return log(len(logits)) - own.logsumexp(0).mean()
 
 
 def ece(logits: Tensor, labels: Tensor, n_bins: int = 15) -> Tensor:

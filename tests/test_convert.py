@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -690,3 +691,26 @@ def test_bad_calls():
         ValueError, match=r"the model's result should be \[E\*B, ...\], one row for each of the input's"
     ):
         ek.convert(Mean(mlp(2)), "mixture", E)(torch.zeros(B, 8))
+
+
+def test_a_budget_works_from_the_least_that_the_message_names():
+    """However coefficients and templates trade against each other in so small a model."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+
+    def refused(budget: int) -> str | None:
+        try:
+            ek.convert(model, "mixture", num_members=4, budget=budget)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    (least,) = {int(re.search(r"at least ([\d,]+) ", refused(budget))[1]) for budget in (48, 60, 70)}
+    assert all((refused(budget) is None) == (budget >= least) for budget in range(48, 140))
+
+
+def test_running_statistics_of_all_members_together_are_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3, track_running_stats=True), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    )
+    with pytest.raises(ValueError, match="InstanceNorm2d at '1'"):
+        ek.convert(model, "mixture", num_members=2, budget="1x")

@@ -297,3 +297,16 @@ def test_bad_input_of_single_functions():
     for n_bins, error in ((0, ValueError), (-3, ValueError), (1.5, TypeError), (True, TypeError), (None, TypeError)):
         with pytest.raises(error, match=f"metrics.ece: n_bins should be an int of at least 1, got {n_bins}"):
             metrics.ece(logits, labels, n_bins=n_bins)
+
+
+def test_nll_has_a_gradient_where_a_class_is_not_allowed():
+    """As torch.nn.functional.cross_entropy has one."""
+    logits = torch.randn(3, 4, 5, dtype=torch.float64)
+    logits[:, :, 2] = -torch.inf
+    logits.requires_grad_()
+    labels = torch.tensor([0, 1, 3, 4])
+    (gradient,) = torch.autograd.grad(metrics.nll(logits, labels), logits)
+    assert gradient.isfinite().all()
+    allowed = logits.detach()[..., [0, 1, 3, 4]].requires_grad_()
+    (expected,) = torch.autograd.grad(metrics.nll(allowed, torch.arange(4)), allowed)
+    torch.testing.assert_close(gradient[..., [0, 1, 3, 4]], expected)

@@ -307,6 +307,30 @@ def test_vmap_and_gradients_inside_it(name, seed):
 
 
 @every_case
+def test_batched_gradients(name, seed):
+    """What `torch.autograd.functional.jacobian(vectorize=True)` is made of."""
+    inputs = double_inputs(name, seed)
+    y = ours(name)(*inputs)
+    gradients = torch.randn(3, *y.shape, dtype=y.dtype)
+    actual = torch.autograd.grad(y, inputs, gradients, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, inputs, gradient, retain_graph=True) for gradient in gradients]
+    close(actual, tuple(map(torch.stack, zip(*each))))
+
+
+@every_case
+def test_backward_inside_autocast(name, seed):
+    """Of what was computed in float32 outside of it: the same gradients."""
+    _, case = CASES[name]
+    inputs = leaves(case.inputs_for(torch.float32, seed=seed))
+    y = ours(name)(*inputs)
+    gradient = torch.randn_like(y)
+    expected = torch.autograd.grad(y, inputs, gradient, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(y, inputs, gradient)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@every_case
 def test_jacobians(name, seed):
     inputs = [t.detach() for t in double_inputs(name, seed)]
     every = tuple(range(len(inputs)))

@@ -117,12 +117,13 @@ def test_missing_arguments_and_positional_options(op):
     "arguments",
     [
         (f(E, T), f(T + 1, I)),
+        (f(20, 0), f(0, I)),
         (f(T), f(T, I)),
         (f(E, T), f(T, O, I)),
         (f(E, T), f(T, I, dtype=torch.float64)),
         (f(E, T, dtype=torch.int32), f(T, I, dtype=torch.int32)),
     ],
-    ids=["count", "coefficients_1d", "templates_3d", "dtypes", "int"],
+    ids=["count", "no_templates", "coefficients_1d", "templates_3d", "dtypes", "int"],
 )
 def test_direct_calls_of_the_schema_are_checked_too(arguments):
     with pytest.raises(RuntimeError, match="mix_templates_fwd"):

@@ -18,6 +18,7 @@ Mixing mixing(const char* op, const Tensor& coefficients, const Tensor& template
                   ": coefficients should be [M, T] and templates [T, N]");
   STD_TORCH_CHECK(coefficients.is_cpu() && templates.is_cpu() && dtype_code(coefficients) == dtype_code(templates), op,
                   ": coefficients and templates should be on the CPU and share one dtype");
+  STD_TORCH_CHECK(templates.size(0) > 0, op, ": there should be at least one template");
   Mixing p;
   p.dtype = dtype_of(templates, op);
   p.members = coefficients.size(0), p.templates = coefficients.size(1), p.columns = templates.size(1);

@@ -170,8 +170,8 @@ struct Mix {
         g{static_cast<const T*>(p.grad), p.grad_row};
     T* const dx = static_cast<T*>(p.grad_templates);
     const int64_t dots_bytes = p.members * p.templates * w * int64_t(sizeof(C));
-    C* const dots = static_cast<C*>(scratch(slot_dots, size_t(dots_bytes)));
-    __builtin_memset(dots, 0, size_t(dots_bytes));
+    C* const dots = partial ? static_cast<C*>(scratch(slot_dots, size_t(dots_bytes))) : nullptr;
+    if (partial) __builtin_memset(dots, 0, size_t(dots_bytes));
     const bool few = p.members <= 2 * width;  // what X is read for, and G, is too little to copy it
     const bool in_place = same_type && p.members <= most_rows && p.templates <= most_rows;
     const int64_t step =

@@ -104,16 +104,28 @@ def _shares(sizes: Sequence[Size], budget: int, rule: Rule, banked: list[int]) -
     fixed = rule.others + sum(rule.cost(size, 0) for g, size in enumerate(sizes) if g not in banked)
     fixed += sum(rule.members * sizes[g].biases for g in banked)
     weights = sum(sizes[g].weight * sizes[g].layers for g in banked)
-    templates = [0] * len(sizes)
-    coefficients = 0
-    while True:  # more templates may be combined by more coefficients, which leaves less for templates
-        spare = max(budget - fixed - coefficients, 0)
-        for g in banked:
-            templates[g] = min(spare * sizes[g].layers // weights, rule.most(sizes[g]))
-        combined = sum(sizes[g].layers * rule.combined(templates[g], sizes[g].layers) for g in banked)
-        if rule.members * combined <= coefficients:
-            return templates
-        coefficients = rule.members * combined
+
+    def templates(spare: int) -> list[int]:
+        return [
+            min(spare * size.layers // weights, rule.most(size)) if g in banked else 0 for g, size in enumerate(sizes)
+        ]
+
+    def coefficients(spare: int) -> int:
+        return rule.members * sum(sizes[g].layers * rule.combined(templates(spare)[g], sizes[g].layers) for g in banked)
+
+    return templates(_largest(coefficients, budget - fixed))
+
+
+def _largest(extra: Callable[[int], int], room: int) -> int:
+    """The largest number that fits into `room` with its `extra`, which grows with it; 0 if none does.
+
+    More templates may be combined by more coefficients, which leave less room for templates.
+    """
+    low, high = 0, max(room, 0) + 1  # low fits, or is 0; high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle + extra(middle) <= room else (low, middle)
+    return low
 
 
 def _with_remainders(
@@ -150,17 +162,17 @@ def blob(sizes: Sequence[Size], budget: int, rule: Rule) -> tuple[int, list[int]
 def _blob(sizes: Sequence[Size], budget: int, rule: Rule) -> tuple[int, list[int]] | None:
     room = budget - rule.others - rule.members * sum(size.biases for size in sizes)
     weights = sum(size.weight * rule.slots(size.layers) for size in sizes)
-    numbers = min(room, sum(size.weight * rule.most(size) for size in sizes))
-    while numbers > 0:
+
+    def combined(numbers: int) -> list[int]:
         most = max(rule.per_layer, -(-numbers // weights))
-        combined = [min(most, numbers // size.weight) for size in sizes]
-        if not all(combined):
-            return None
-        fitting = room - rule.members * sum(size.layers * count for size, count in zip(sizes, combined))
-        if numbers <= fitting:
-            return numbers, combined
-        numbers = fitting
-    return None
+        return [min(most, numbers // size.weight) for size in sizes]
+
+    def coefficients(numbers: int) -> int:
+        return rule.members * sum(size.layers * count for size, count in zip(sizes, combined(numbers)))
+
+    numbers = min(_largest(coefficients, room), sum(size.weight * rule.most(size) for size in sizes))
+    found = combined(numbers)
+    return (numbers, found) if all(found) else None
 
 
 def smallest(works: Callable[[int], bool], too_small: int) -> int | None:

@@ -70,9 +70,10 @@ class Sites:
                 if not set(module._parameters) <= {"weight", "bias"}:
                     own = ", ".join(module._parameters)
                     reject("convert", "model", "of layers with a weight and a bias", f"{kind} at {site} with {own}")
-            elif isinstance(module, _BatchNorm) or _has_parameters(module):
+            elif _mixes_rows(module) or _has_parameters(module):
                 if type(module) not in SHARED_AS_THEY_ARE:
-                    expected = f"made of {names} and modules without parameters (exclude=[{site}] shares it as it is)"
+                    hint = f"(exclude=[{site.paths[0]!r}] shares it as it is)"
+                    expected = f"made of {names} and modules without parameters {hint}"
                     reject("convert", "model", expected, f"{kind} at {site}")
         self._refuse_ties(chosen)
         return chosen
@@ -106,6 +107,11 @@ def _matches(pattern: Pattern, site: Site) -> bool:
         return isinstance(site.module, pattern)
     ends = (pattern, f"{pattern}.*")  # a module, and what is inside it
     return any(fnmatchcase(path, end) for path in site.paths for end in ends)
+
+
+def _mixes_rows(module: nn.Module) -> bool:
+    """Statistics of a batch, or kept of batches, would be of all members together."""
+    return isinstance(module, _BatchNorm) or getattr(module, "track_running_stats", False)
 
 
 def _has_parameters(module: nn.Module) -> bool:

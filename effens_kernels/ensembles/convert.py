@@ -38,7 +38,8 @@ def convert(
         num_members: E.
         include: convert only what is named here: types, or paths in the model (`"trunk"` is all of it, wildcards as in
             `"blocks.*.conv1"`).  Everything else is shared by the members as it is.
-        exclude: share what is named here as it is.
+        exclude: share what is named here as it is.  A path means a module and all that is inside it, a type the modules
+            of that type themselves.
         options: those of the method.
 
     Returns:

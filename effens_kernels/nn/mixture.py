@@ -114,8 +114,6 @@ class MixtureLinear(Mixture):
         return super().forward(input, member)
 
     def _product(self, x: Tensor, coefficients: Tensor, templates: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is not None and bias.dim() == 1:
-            bias = bias.expand(len(coefficients), -1)
         return mixture_linear(x, coefficients, templates, bias, activation=self.activation)
 
     def _plain(self, member: int) -> nn.Linear:

@@ -23,16 +23,17 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
     """(fwd, bwd) of mixture_linear from those of mix_templates and grouped_linear."""
 
     def through_templates(x: Tensor, templates: Tensor) -> Tensor:
-        """u: [T, B, O], or [T, E, B, O] where x has rows per member."""
-        u, _ = linear.fwd(x if x.dim() == 2 else x.flatten(0, 1), templates, None, None, False)
-        return u.view(templates.shape[0], *x.shape[:-1], templates.shape[1])
+        """u: [T, B*O], or [T, E, B*O] where x has rows per member."""
+        u, _ = linear.fwd(_rows(x), templates, None, None, False)
+        return u.reshape(templates.shape[0], *x.shape[:-2], x.shape[-2] * templates.shape[1])
 
     def fwd(x, coefficients, templates, bias, activation, save_preactivation):
         u = through_templates(x, templates)
         if x.dim() == 2:
-            z = mixing.fwd(coefficients, u.flatten(1)).view(coefficients.shape[0], *u.shape[1:])
-        else:
-            z = (coefficients.t().contiguous()[:, :, None, None] * u).sum(0)
+            z = mixing.fwd(coefficients, u)
+        else:  # [E, 1, T] [E, T, B*O]
+            z = torch.bmm(coefficients.unsqueeze(1), u.transpose(0, 1))
+        z = z.view(coefficients.shape[0], x.shape[-2], templates.shape[1])
         if bias is not None:
             z += bias[:, None, :]
         return ACTIVATIONS[activation].apply(z), z if save_preactivation else x.new_empty(0)
@@ -41,21 +42,29 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
         need_x, need_coefficients, need_templates, need_bias = need
         g = grad if activation is None else grad * ACTIVATIONS[activation].slope(saved)
         dx, dcoefficients, dtemplates, db = (x.new_empty(0) for _ in need)
-        u = through_templates(x, templates) if need_coefficients else dcoefficients
         through = need_x or need_templates
+        flat = g.reshape(g.shape[0], g.shape[1] * g.shape[2])
+        if need_coefficients:
+            u = through_templates(x, templates)
+        else:  # not read
+            u = g.new_empty(()).expand(templates.shape[0], flat.shape[1])
         if x.dim() == 2:
-            u = u if need_coefficients else g.new_empty(()).expand(templates.shape[0], *g.shape[1:])  # not read
-            dcoefficients, h = mixing.bwd(g.flatten(1), coefficients, u.flatten(1), need_coefficients, through)
+            dcoefficients, h = mixing.bwd(flat, coefficients, u, need_coefficients, through)
         else:
-            if need_coefficients:  # [E, 1, B*O] [E, B*O, T]
-                dcoefficients = torch.bmm(g.flatten(1).unsqueeze(1), u.flatten(2).permute(1, 2, 0)).squeeze(1)
-            h = coefficients.t().contiguous()[:, :, None, None] * g if through else dx
+            if need_coefficients:
+                with torch.autocast(g.device.type, enabled=False):  # wherever backward is called
+                    dcoefficients = torch.bmm(flat.unsqueeze(1), u.permute(1, 2, 0)).squeeze(1)
+            h = coefficients.t().contiguous()[:, :, None] * flat if through else dx
         if through:
-            rows = x if x.dim() == 2 else x.flatten(0, 1)
-            h = h.view(templates.shape[0], rows.shape[0], templates.shape[1])
+            rows = _rows(x)
+            h = h.reshape(templates.shape[0], rows.shape[0], templates.shape[1])
             dx, dtemplates, _ = linear.bwd(h, rows, templates, x.new_empty(0), None, need_x, need_templates, False)
             if need_x and x.dim() == 3:
-                dx = torch.empty_like(x).copy_(dx.view(x.shape)) if not x.is_contiguous() else dx.view(x.shape)
+                dx = dx.reshape(x.shape) if x.is_contiguous() else torch.empty_like(x).copy_(dx.reshape(x.shape))
         return dx, dcoefficients, dtemplates, g.sum(1) if need_bias else db
 
     return fwd, bwd
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(x.shape[0] * x.shape[1], x.shape[2])

@@ -30,12 +30,13 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
         dcoefficients, dtemplates = x.new_empty(0), x.new_empty(0)
         if need_mixing:
             needed = need_coefficients, need_templates
-            dcoefficients, dtemplates = mixing.bwd(dweight.flatten(1), coefficients, _flat(templates), *needed)
+            dcoefficients, dtemplates = mixing.bwd(_flat(dweight), coefficients, _flat(templates), *needed)
             dtemplates = dtemplates.view(templates.shape) if need_templates else dtemplates
         return dx, dcoefficients, dtemplates, db
 
     return fwd, bwd
 
 
-def _flat(templates: Tensor) -> Tensor:
-    return templates.flatten(1)
+def _flat(weights: Tensor) -> Tensor:
+    """[n, O, I] as [n, O*I]; by a view where that can be, which batched gradients need."""
+    return weights.reshape(weights.shape[0], weights.shape[1] * weights.shape[2])
