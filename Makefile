@@ -41,7 +41,7 @@ test-python: $(STAMPS)/build emulation
 	$(PY) -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 test-cpp: $(STAMPS)/cmake
-	cmake --build $(CMAKE_BUILD) --target microkernel_test emulation_test emulation_faults_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
+	cmake --build $(CMAKE_BUILD) --target microkernel_test mixing_test emulation_test emulation_faults_test $(if $(MAX_JOBS),-j $(MAX_JOBS))
 	ctest --test-dir $(CMAKE_BUILD) --output-on-failure
 
 emulation: $(STAMPS)/cmake  ## the CUDA kernels for this host, which the Python tests run
