@@ -69,10 +69,16 @@ def test_every_tile(case, dtype, tile, session_seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("tile", TILES, ids=TILES.get)
 def test_every_cut_of_columns(blocks, dtype, tile, session_seed):
-    """Blocks with several steps and with one, of which the last is shorter, and more parts than a warp has lanes."""
+    """Blocks with several steps and with one, of which the last is shorter."""
     assert_right(MixCase((6,), 7, (4600,)), dtype, session_seed, tile=tile, blocks=blocks)
     if blocks > 5 or tile == 1:
         assert_right(MixCase((40,), 60, (1100,)), dtype, session_seed, tile=tile, blocks=blocks)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_more_parts_than_a_warp_has_lanes(dtype, session_seed):
+    """A step of so many rows has 32 or 64 columns."""
+    assert_right(MixCase((250,), 2, (2150,)), dtype, session_seed, blocks=65536)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 9, 12, 17, 36])
