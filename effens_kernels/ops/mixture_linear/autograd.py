@@ -9,9 +9,11 @@ With W_e = sum_t alpha_et T_t, g = dL/dz and G_e = g_e^T x_e:
 from __future__ import annotations
 
 from .._linear_form import LinearForm
+from .._member_batching import register_vmap
 
 FORM = LinearForm(
     "mixture_linear",
     ("x", "coefficients", "templates"),
     lambda x, coefficients, templates: (coefficients.shape[0], x.shape[-2], templates.shape[1]),
 )
+register_vmap(FORM, shared="templates")

@@ -7,7 +7,7 @@ from torch import Tensor
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
 from .._registration import needs_grad, takes_cpu_engine, takes_torch
-from . import batching, reference  # noqa: F401  (batching registers the vmap rules)
+from . import reference
 from .autograd import FORM
 
 __all__ = ["rank1_linear"]

@@ -9,9 +9,11 @@ With g = dL/dz and G_e = g_e^T x_e:
 from __future__ import annotations
 
 from .._linear_form import LinearForm
+from .._member_batching import register_vmap
 
 FORM = LinearForm(
     "rank1_linear",
     ("x", "weight", "r", "s"),
     lambda x, weight, r, s: (r.shape[0], x.shape[-2], weight.shape[0]),
 )
+register_vmap(FORM, shared="weight")
