@@ -215,10 +215,10 @@ def mixture_route(problem: Problem, templates: int, shared: bool) -> str:
 
     Outputs take T products of all rows, which are B if `shared` and else E*B, and no weight of a member; weights take E
     products of B rows, and are written and read besides.  On a CPU the costs below, in multiply-adds, decide: fitted to
-    180 sizes (E 4 to 32, T 4 to 16, B 1 to 256, I = O 64 to 512, float32, training, one thread of an AVX-512
-    processor, 2026-11-22), where the loser took up to 14 times as long, and the choice is wrong by 1.3 at most.  On a
-    GPU, which has not been measured, the number of products decides.  Not outputs in float16, whose range they may
-    leave.
+    179 sizes (E 4 to 32, T 4 to 16, B 1 to 256, I = O 64 to 512, float32, training, one thread of an AVX-512
+    processor, 2026-11-22), where the loser took up to 14 times as long.  The choice takes up to 1.3 times as long as
+    the better way, and 1.7 and 2.2 times at two sizes whose mixed weights have 32 MiB.  On a GPU, which has not been
+    measured, the number of products decides.  Not outputs in float16, whose range they may leave.
     """
     members, batch, inputs, outputs = problem.sizes
     rows = batch if shared else members * batch
