@@ -1,12 +1,14 @@
 """Layers of mixed weights: `mixture_linear` against weights synthesized and multiplied.
 
 The limit is the members' products, and a copy of as many bytes as the templates read twice and their gradient written.
-Where rows are shared by more members than there are templates, less suffices: products of the templates.
+Where rows are shared by more members than there are templates, less suffices: products of the templates.  Mixing itself
+is not in it; the second limit has its multiply-adds too, as a plain product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -25,6 +27,7 @@ MORE_WORKLOADS = (
     MixtureCase(10, 1, 256, 256, templates=4),
     MixtureCase(10, 32, 256, 256, templates=8),
 )
+WITH_MIXING = "limit with mixing"
 NAMES = ("x", "coefficients", "templates", "bias")
 
 
@@ -71,7 +74,7 @@ def synthesis(problem: Problem) -> Contestant:
 
 
 def ours(problem: Problem) -> list[Contestant]:
-    return [_contestant(OURS, problem, mixture_linear, "ours")]
+    return [_contestant(OURS, problem, mixture_linear, "ours"), with_mixing(problem)]
 
 
 def products(case: MixtureCase) -> list[Product]:
@@ -82,6 +85,15 @@ def plain(problem: Problem) -> Contestant:
     case, dtype, device = problem
     templates = case.templates * case.outputs * case.inputs * dtype.itemsize
     return one_after_the_other(limit(products(case), dtype, device), copy_limit(templates, 2 * templates, device))
+
+
+def with_mixing(problem: Problem) -> Contestant:
+    """The limit, and as many multiply-adds as weights and both gradients of mixing take."""
+    case, dtype, device = problem
+    side = 512
+    rows = -(-case.members * case.templates * case.outputs * case.inputs // side**2)
+    mixing = limit([Product(rows, side, side, True)], dtype, device)
+    return replace(one_after_the_other(plain(problem), mixing), name=WITH_MIXING, kind="bound")
 
 
 SUITE = Suite(
