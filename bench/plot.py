@@ -26,6 +26,8 @@ COLORS = {
     "mm": "#5d7596",
     "synthesis + bmm": "#8093ad",
     "outputs + einsum": "#5d7596",
+    "synthesis + loop": "#8093ad",
+    "synthesis + groups": "#5d7596",
     "vmap": "#a9b4c4",
     "baddbmm": "#8093ad",
     "bmm + bias": "#6b84a3",
