@@ -1,15 +1,14 @@
 """Layers of mixed weights: `mixture_linear` against weights synthesized and multiplied.
 
 The limit is the members' products, and a copy of as many bytes as the templates read twice and their gradient written.
-Where rows are shared by more members than there are templates, less suffices: products of the templates.  Mixing itself
-is not in it; the second limit has its multiply-adds too, as a plain product.
+Where rows are shared by more members than there are templates, less suffices: products of the templates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ MORE_WORKLOADS = (
     MixtureCase(10, 1, 256, 256, templates=4),
     MixtureCase(10, 32, 256, 256, templates=8),
 )
-WITH_MIXING = "limit with mixing"
+SYNTHESIS = "synthesis + bmm"
 NAMES = ("x", "coefficients", "templates", "bias")
 
 
@@ -36,8 +35,8 @@ def _values(problem: Problem) -> tuple[Tensor, ...]:
     return problem.workload.inputs_for(problem.dtype, problem.device, seed=0)
 
 
-def _contestant(name: str, problem: Problem, function: Callable[..., Tensor], kind: str = "peer") -> Contestant:
-    """Rows that all members share are data and need no gradient."""
+def from_function(problem: Problem, name: str, function: Callable[..., Tensor], **labels: Any) -> Contestant:
+    """function(x, coefficients, templates, bias) on the problem's values; shared rows are data, without a gradient."""
     tensors = [t.clone().requires_grad_() for t in _values(problem)]
     tensors[0].requires_grad_(not problem.workload.shared)
     leaves = {name: t for name, t in zip(NAMES, tensors) if t.requires_grad}
@@ -47,7 +46,7 @@ def _contestant(name: str, problem: Problem, function: Callable[..., Tensor], ki
         tuple(tensors),
         list(leaves.values()),
         lambda: {name: leaf.grad for name, leaf in leaves.items()},
-        kind,
+        **labels,
     )
 
 
@@ -59,7 +58,7 @@ def loop(problem: Problem) -> Contestant:
         rows = [x] * len(weights) if x.dim() == 2 else x
         return torch.stack([F.linear(*member) for member in zip(rows, weights, bias)])
 
-    return _contestant(LOOP, problem, function)
+    return from_function(problem, LOOP, function)
 
 
 def synthesis(problem: Problem) -> Contestant:
@@ -70,11 +69,15 @@ def synthesis(problem: Problem) -> Contestant:
         rows = x.expand(len(weight), *x.shape) if x.dim() == 2 else x
         return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
 
-    return _contestant("synthesis + bmm", problem, function)
+    return from_function(problem, SYNTHESIS, function)
 
 
 def ours(problem: Problem) -> list[Contestant]:
-    return [_contestant(OURS, problem, mixture_linear, "ours"), with_mixing(problem)]
+    return [from_function(problem, OURS, mixture_linear, kind="ours")]
+
+
+def sizes(case: MixtureCase) -> tuple[int, int, int, int]:
+    return case.members, case.batch, case.inputs, case.outputs
 
 
 def products(case: MixtureCase) -> list[Product]:
@@ -87,21 +90,12 @@ def plain(problem: Problem) -> Contestant:
     return one_after_the_other(limit(products(case), dtype, device), copy_limit(templates, 2 * templates, device))
 
 
-def with_mixing(problem: Problem) -> Contestant:
-    """The limit, and as many multiply-adds as weights and both gradients of mixing take."""
-    case, dtype, device = problem
-    side = 512
-    rows = -(-case.members * case.templates * case.outputs * case.inputs // side**2)
-    mixing = limit([Product(rows, side, side, True)], dtype, device)
-    return replace(one_after_the_other(plain(problem), mixing), name=WITH_MIXING, kind="bound")
-
-
 SUITE = Suite(
     name="mixture",
     title="Layers of mixed weights: mixture_linear",
     workloads=MIXTURE_WORKLOADS,
     more_workloads=MORE_WORKLOADS,
-    peers={LOOP: loop, "synthesis + bmm": synthesis},
+    peers={LOOP: loop, SYNTHESIS: synthesis},
     ours=ours,
     products=products,
     plain=plain,
