@@ -6,8 +6,8 @@
 //
 // The first two are chains of products.  A block takes some rows of one member through the whole chain: what one
 // product hands to the next stays in shared memory, in one of two buffers by turns, rounded to the operands' type.
-// Tiles of the weights pass through `stages` places, without a pause between layers: while the core multiplies one,
-// cp.async fetches the next ones, be they of the next layer.
+// Tiles of the weights pass through `stages` places: while the core multiplies one, cp.async fetches the next ones, be
+// they of the next layer.
 #pragma once
 
 #include "contract.cuh"
@@ -16,7 +16,7 @@ namespace effens::device {
 
 constexpr int mlp_most_layers = 8, mlp_most_width = 256;  // the width of an input aside
 
-// Element (row, column) of a member is  data[member * batch + row * row_stride + column * column_stride].
+// Element (r, column) of a member is  data[member * batch + r * row + column * col].
 template <class T>
 struct MlpResult {
   Global<T> data{};
@@ -58,8 +58,8 @@ struct MlpChain {
   Activation slope = Activation::none;
   Operand<T> saved;
   MlpResult<T> scaled;
-  // Bytes of shared memory.  An input that `streams` passes through the stages with the first layer's weights, else it
-  // comes to buffer 0 at once.
+  // Places in shared memory, in bytes.  An input that `streams` passes through the stages with the first layer's
+  // weights, else it comes to buffer 0 at once.
   bool streams = false;
   int stage_bytes = 0, sums_at = 0, buffer_at[2] = {};
 };
