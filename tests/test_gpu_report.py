@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import ROOT, Runner
 
-from bench.contestants import Problem, batchensemble, grouped_linear, mix_templates
+from bench.contestants import Problem, batchensemble, ensemble_mlp, grouped_linear, mix_templates
 from bench.gpu import bench, dispatch_table, goals, launch, parts, report, store, suite
 from bench.gpu.__main__ import main
 from bench.gpu.context import Context, IncompleteError, PartError, UnavailableError
@@ -165,6 +165,7 @@ PEERS = {
     "stacked": {"Python loop", "baddbmm", "bmm + bias", "mm per member"},
     "shared": {"Python loop", "broadcast", "fold + bmm"},
     "mixed": {"sum per member", "einsum", "mm", "torch.mm"},
+    "mlp": {"Python loop", "vmap", "baddbmm chain"},
 }
 emulated = pytest.mark.skipif(
     not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels"
@@ -262,6 +263,23 @@ def test_the_bytes_of_the_mixed_form_are_those_of_its_tensors():
     forward, backward = mixed.moved_bytes(mixed.tiny, problem.dtype)
     assert forward == templates.nbytes + y.nbytes
     assert backward == y.nbytes + templates.nbytes + contestant.gradients()["templates"].nbytes
+
+
+@pytest.mark.parametrize(("activation", "saved"), [("relu", 1), ("gelu", 2)])
+def test_the_bytes_of_perceptrons_are_those_of_their_tensors(activation, saved):
+    mlp = FAMILIES["mlp"]
+    case = replace(mlp.tiny, batch=5, widths=(8, 6, 4), activation=activation)
+    problem = Problem(case, torch.bfloat16, "cpu")
+    contestant = ensemble_mlp.chain(problem)
+    x, weights, biases = contestant.arguments
+    y = contestant.forward()
+    contestant.backward(y, torch.ones_like(y))
+    parameters = sum(t.nbytes for t in (*weights, *biases))
+    hidden = saved * case.members * 5 * 6 * 2
+    assert mlp.moved_bytes(case, problem.dtype) == (
+        x.nbytes + parameters + hidden + y.nbytes,
+        y.nbytes + x.nbytes + hidden + parameters + sum(t.nbytes for t in contestant.gradients().values()),
+    )
 
 
 def test_graphs_are_captured_checked_and_timed(monkeypatch):
@@ -396,6 +414,16 @@ def test_goals_of_the_mixed_form():
     assert lines["torch.mm / ours, forward"].reached["automatic"] == 0.75
     asked = {goal for goal, line in lines.items() if line.target is not None}
     assert all(goal.startswith(("host", "of copy")) for goal in asked)
+
+
+def test_goals_of_perceptrons():
+    graphed = [entry("effens_kernels", "ours", 0.5, "backend cuda"), entry("baddbmm chain", "peer", 2.0)]
+    lines = lines_of("mlp", {"Python loop": 30.0, "baddbmm chain": 8.0}, graphed)
+    assert lines["graphed chain / ours"].reached["automatic"] == 4.0
+    assert lines["graphed chain / ours"].verdict == "met"
+    assert lines["eager loop / ours"].reached["automatic"] == 15.0
+    assert lines["kernels, backward"].target == 2
+    assert lines["of the roofline, forward"].target == 0.5
 
 
 def test_failed_tests_are_named(tmp_path):
