@@ -221,25 +221,50 @@ def takes_mlp(widths: Sequence[int]) -> bool:
     return len(widths) <= MLP_LAYERS + 1 and min(widths) > 0 and max(widths[1:]) <= MLP_WIDTH
 
 
-def mixture_route(problem: Problem, templates: int, shared: bool) -> str:
-    """How mixture_linear runs: as "weights" mixed, then one product per member, or as "outputs" of templates mixed.
+def mixture_route(problem: Problem, templates: int, shared: bool, has_blocks: bool = False) -> str:
+    """How mixture_linear runs: as "weights" mixed, then one product per member; the same in "blocks"; or as "outputs".
 
-    Outputs take T products of all rows, which are B if `shared` and else E*B, and no weight of a member; weights take E
-    products of B rows, and are written and read besides.  On a CPU the costs below, in multiply-adds, decide: fitted to
-    179 sizes (E 4 to 32, T 4 to 16, B 1 to 256, I = O 64 to 512, float32, training, one thread of an AVX-512
-    processor, 2026-11-22), where the loser took up to 14 times as long.  The choice takes up to 1.3 times as long as
-    the better way, and 1.7 and 2.2 times at two sizes whose mixed weights have 32 MiB.  On a GPU, which has not been
-    measured, the number of products decides.  Not outputs in float16, whose range they may leave.
+    Weights and blocks take E products of B rows.  Whole weights are written and read besides; blocks stay in cache,
+    but rows are read again for each of them.  Outputs of templates take T products of all rows, which are B if `shared`
+    and else E*B, and no weight of a member.
+
+    On a CPU the costs below decide, in about the time of a multiply-add.  They were fitted to 370 sizes (E 4 to 32, T 3
+    to 16, B 1 to 256, I and O 64 to 1024, float32, training, one thread of an AVX-512 processor, 2026-11-22), where the
+    loser took up to 8 times as long, and the choice at most 1.25 times as long as the best.  On a GPU, which has not
+    been measured, the number of products decides.  Not outputs in float16, whose range they may leave.
     """
     members, batch, inputs, outputs = problem.sizes
     rows = batch if shared else members * batch
-    if problem.dtype == torch.float16:
-        return "weights"
-    if problem.device != "cpu":
-        return "outputs" if templates * rows < members * batch else "weights"
     size = inputs * outputs
-    by_outputs = templates * ((4 * rows + 30) * size + 4 * members * batch * outputs) + (1 << 21)
-    return "outputs" if by_outputs < members * (3 * batch + 90) * size else "weights"
+    if problem.device != "cpu":
+        costs = {"weights": members * batch, "outputs": templates * rows}
+    else:
+        products = (2 if shared else 3) * batch
+        costs = {
+            "weights": (members * (products + 90) + 60 * templates) * size,
+            "outputs": templates * ((3 * rows + 110) * size + 4 * members * batch * outputs) + (1 << 21),
+        }
+        read_again = members * batch * max(inputs, outputs) * problem.dtype.itemsize
+        if has_blocks and size * members * batch > 0 and (batch <= 32 or read_again <= BLOCKS_READ_AGAIN):
+            whole = not shared and mixes_whole_for_inputs(templates * size * problem.dtype.itemsize)
+            mixing = 20 + 0.75 * templates + (40 if whole else 0)
+            costs["blocks"] = (members * (products + mixing) + 60 * templates) * size
+    if problem.dtype == torch.float16:
+        del costs["outputs"]
+    return min(costs, key=costs.__getitem__)
+
+
+# What blocks of weights read again and again should stay in L2: x, or the gradient of y.
+BLOCKS_READ_AGAIN = 3 << 19
+
+
+def mixes_whole_for_inputs(template_bytes: int) -> bool:
+    """Whether mixture_linear's dx takes weights mixed whole even where all else takes blocks.
+
+    Its blocks are of columns, and templates are read a few numbers here and there; measured slower, 1.2 times, where
+    they have more pages than a processor keeps addresses of.
+    """
+    return template_bytes > 8 << 20
 
 
 def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: bool = False) -> str:
