@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ _MIXING = {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
-    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
+    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # see `takes_mlp`
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mix_templates": _MIXING,
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
@@ -54,6 +55,11 @@ CUBLAS_FROM = 512
 # ordinary multiply-adds take longer than memory does and tensor cores would not.  A heuristic too, unmeasured: M = T =
 # 64 in float32, 32 in 16 bits.
 MATMUL_FROM = 16
+
+# Up to so many layers of so many outputs, which a block holds in shared memory, ensemble_mlp is one launch of the CUDA
+# kernels (csrc/kernels/mlp.cuh); beyond, and in Triton, each layer is a launch of its own.
+MLP_LAYERS = 8
+MLP_WIDTH = 256
 
 # On a CPU, with fewer rows B than I*O divided by this, torch's composition is faster, in training or without gradients.
 # Measured on one thread of an AVX-512 processor, 2026-11-22, and right within a factor of 2 in B:
@@ -158,7 +164,7 @@ def why_not(backend: str, problem: Problem) -> str | None:
 def selects(backend: str, op: str, dtype: torch.dtype, requested: str | None) -> bool:
     """Whether `select` gives `backend` for tensors on its own device; for the short routes, which ask at every call."""
     try:
-        return select(Problem(op, "cpu" if backend == "cpu" else "cuda", dtype), requested) == backend
+        return select(Problem(op, takes_device(backend), dtype), requested) == backend
     except ValueError:
         return False
 
@@ -208,6 +214,11 @@ def _is_bound_by_arithmetic(problem: Problem) -> bool:
     if problem.op == "rank1_linear" and problem.dtype == torch.float16:  # whose range unscaled outputs may leave
         return False
     return min(problem.sizes[1:]) >= CUBLAS_FROM
+
+
+def takes_mlp(widths: Sequence[int]) -> bool:
+    """Whether the CUDA kernels take ensemble_mlp of these layers in one launch; `widths`: I, hidden, O."""
+    return len(widths) <= MLP_LAYERS + 1 and min(widths) > 0 and max(widths[1:]) <= MLP_WIDTH
 
 
 def mixture_route(problem: Problem, templates: int, shared: bool, has_blocks: bool = False) -> str:

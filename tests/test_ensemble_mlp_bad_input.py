@@ -93,7 +93,8 @@ BAD = {
     "bias_meta": ((X, W, [None, f(E, O, **meta)]), ValueError, "biases[1]", "on cpu like x"),
     "bias_sparse": ((X, W, [None, f(E, O).to_sparse()]), TypeError, "biases[1]", "sparse"),
 }
-backends = pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+EMULATED = ["cuda"] * _native.emulates_cuda
+backends = pytest.mark.parametrize("backend", [None, "cpu", *EMULATED, "reference"])
 
 
 def trained(values):
@@ -212,7 +213,7 @@ def test_every_route_accepts_the_same(shared, copies, training, seed):
                 "out_activation": choice.choice([None, "tanh"]),
             }
             expected = outcome(arguments, "reference", options)
-            for backend in ("cpu", None):
+            for backend in ("cpu", *EMULATED, None):
                 actual = outcome(arguments, backend, options)
                 if isinstance(expected, Tensor):
                     torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-4, atol=1e-4)

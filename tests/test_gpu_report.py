@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import ROOT, Runner
 
-from bench.contestants import Problem, batchensemble, grouped_linear, mix_templates, mixture_linear
+from bench.contestants import Problem, batchensemble, ensemble_mlp, grouped_linear, mix_templates, mixture_linear
 from bench.contestants.base import check_equal, results
 from bench.gpu import bench, dispatch_table, goals, launch, parts, report, routed, store, suite
 from bench.gpu.__main__ import main
@@ -170,6 +170,7 @@ PEERS = {
     "mixed": {"sum per member", "einsum", "mm", "torch.mm"},
     "mixture": {"Python loop", "synthesis + bmm", "outputs + einsum", "torch.baddbmm"}
     | {routed.name_of(backend, route) for backend in ("cpu", "cuda") for route in ("weights", "outputs")},
+    "mlp": {"Python loop", "vmap", "baddbmm chain"},
 }
 emulated = pytest.mark.skipif(
     not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels"
@@ -296,6 +297,23 @@ def test_routes_are_taken_forward_and_backward(shared, monkeypatch):
         check_equal(results(contestant), expected)
     assert taken == ["weights", "weights", "outputs", "outputs"]
     assert _dispatch.mixture_route is rule
+
+
+@pytest.mark.parametrize(("activation", "saved"), [("relu", 1), ("gelu", 2)])
+def test_the_bytes_of_perceptrons_are_those_of_their_tensors(activation, saved):
+    mlp = FAMILIES["mlp"]
+    case = replace(mlp.tiny, batch=5, widths=(8, 6, 4), activation=activation)
+    problem = Problem(case, torch.bfloat16, "cpu")
+    contestant = ensemble_mlp.chain(problem)
+    x, weights, biases = contestant.arguments
+    y = contestant.forward()
+    contestant.backward(y, torch.ones_like(y))
+    parameters = sum(t.nbytes for t in (*weights, *biases))
+    hidden = saved * case.members * 5 * 6 * 2
+    assert mlp.moved_bytes(case, problem.dtype) == (
+        x.nbytes + parameters + hidden + y.nbytes,
+        y.nbytes + x.nbytes + hidden + parameters + sum(t.nbytes for t in contestant.gradients().values()),
+    )
 
 
 def test_graphs_are_captured_checked_and_timed(monkeypatch):
@@ -461,6 +479,16 @@ def test_goals_of_layers_of_mixed_weights():
     assert (lines["synthesis + bmm / ours"].target, lines["synthesis + bmm / ours"].reached["automatic"]) == (None, 1.0)
     assert lines["outputs / weights"].reached["automatic"] is None
     assert lines["ours / fastest route"].verdict == "missed"
+
+
+def test_goals_of_perceptrons():
+    graphed = [entry("effens_kernels", "ours", 0.5, "backend cuda"), entry("baddbmm chain", "peer", 2.0)]
+    lines = lines_of("mlp", {"Python loop": 30.0, "baddbmm chain": 8.0}, graphed)
+    assert lines["graphed chain / ours"].reached["automatic"] == 4.0
+    assert lines["graphed chain / ours"].verdict == "met"
+    assert lines["eager loop / ours"].reached["automatic"] == 15.0
+    assert lines["kernels, backward"].target == 2
+    assert lines["of the roofline, forward"].target == 0.5
 
 
 def test_failed_tests_are_named(tmp_path):

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 
-from . import mixed, mixture, shared, stacked
+from . import mixed, mixture, mlp, shared, stacked
 from .base import Column, Family
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (stacked.FAMILY, shared.FAMILY, mixed.FAMILY, mixture.FAMILY)
+    family.name: family for family in (stacked.FAMILY, shared.FAMILY, mixed.FAMILY, mixture.FAMILY, mlp.FAMILY)
 }
 
 

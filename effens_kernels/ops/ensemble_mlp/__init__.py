@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
-from .._registration import takes_cpu_engine
+from .._registration import plain_backend
 from . import autograd, reference
 
 __all__ = ["ensemble_mlp"]
@@ -29,7 +29,8 @@ def ensemble_mlp(
     .. math:: h_{e,0} = x_e, \quad h_{e,l} = \mathrm{act}(h_{e,l-1} W_{e,l}^\top + b_{e,l}), \quad l = 1 \dots L
 
     a chain of :func:`grouped_linear`, with the same values, that keeps what one layer hands to the next in cache and
-    enters PyTorch's autograd once (deep ensembles: Lakshminarayanan et al. 2017, section 2.4).
+    enters PyTorch's autograd once (deep ensembles: Lakshminarayanan et al. 2017, section 2.4).  On a GPU all layers are
+    one launch up to 8 layers with at most 256 outputs each; others run layer by layer.
 
     Args:
         x: `[B, I]`, the same rows for every member, or `[E, B, I]`.
@@ -62,10 +63,11 @@ def ensemble_mlp(
     depth = len(weights)
     x, *parameters = autocast(x, *weights, *([None] * depth if biases is None else biases))
     weights, biases = parameters[:depth], parameters[depth:]
-    if takes_cpu_engine("ensemble_mlp", backend, x, *parameters):
+    chosen = plain_backend("ensemble_mlp", backend, x, *parameters)
+    if chosen is not None:
         try:
-            return autograd.apply_plain(x, weights, biases, activation, out_activation)
-        except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
+            return autograd.apply_plain(x, weights, biases, activation, out_activation, chosen)
+        except Exception:  # the kernels check for themselves; if the arguments are at fault, these words are better
             check(x, weights, biases, activation, out_activation)
             raise
     check(x, weights, biases, activation, out_activation)
