@@ -27,6 +27,7 @@ MORE_WORKLOADS = (
     MixtureCase(10, 32, 256, 256, templates=8),
 )
 SYNTHESIS = "synthesis + bmm"
+OUTPUTS = "outputs + einsum"
 NAMES = ("x", "coefficients", "templates", "bias")
 
 
@@ -72,6 +73,17 @@ def synthesis(problem: Problem) -> Contestant:
     return from_function(problem, SYNTHESIS, function)
 
 
+def mixed_outputs(problem: Problem) -> Contestant:
+    """No weight of a member: one product of all templates, mixed by another."""
+
+    def function(x: Tensor, coefficients: Tensor, templates: Tensor, bias: Tensor) -> Tensor:
+        outputs = F.linear(x, templates.flatten(0, 1)).unflatten(-1, templates.shape[:2])
+        mixed = "et,bto->ebo" if x.dim() == 2 else "et,ebto->ebo"
+        return torch.einsum(mixed, coefficients, outputs) + bias.unsqueeze(1)
+
+    return from_function(problem, OUTPUTS, function)
+
+
 def ours(problem: Problem) -> list[Contestant]:
     return [from_function(problem, OURS, mixture_linear, kind="ours")]
 
@@ -95,7 +107,7 @@ SUITE = Suite(
     title="Layers of mixed weights: mixture_linear",
     workloads=MIXTURE_WORKLOADS,
     more_workloads=MORE_WORKLOADS,
-    peers={LOOP: loop, SYNTHESIS: synthesis},
+    peers={LOOP: loop, SYNTHESIS: synthesis, OUTPUTS: mixed_outputs},
     ours=ours,
     products=products,
     plain=plain,

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from effens_kernels import _dispatch
 from effens_kernels.testing import LinearCase, MixtureCase
@@ -22,7 +20,6 @@ from ..measured import Layer, Line
 from ..routed import ROUTES, every_route, name_of
 from .base import Column, Family
 
-OUTPUTS = "outputs + einsum"
 BADDBMM = "torch.baddbmm"
 HOST_OVER_TORCH = 5.0  # microseconds
 OVER_SYNTHESIS = 1.2
@@ -126,17 +123,6 @@ COMPUTE = Column(
 )
 
 
-def mixed_outputs(problem: Problem) -> Contestant:
-    """The other route as users would write it: one product of all templates, mixed by another."""
-
-    def function(x: Tensor, coefficients: Tensor, templates: Tensor, bias: Tensor) -> Tensor:
-        outputs = F.linear(x, templates.flatten(0, 1)).unflatten(-1, templates.shape[:2])
-        mixed = "et,bto->ebo" if x.dim() == 2 else "et,ebto->ebo"
-        return torch.einsum(mixed, coefficients, outputs) + bias.unsqueeze(1)
-
-    return mixture_linear.from_function(problem, OUTPUTS, function)
-
-
 def members_products(problem: Problem) -> list[Contestant]:
     """What a torch op costs for members whose weights are there."""
     case = problem.workload
@@ -163,7 +149,6 @@ FAMILY = Family(
     columns=(LAUNCH, MEMORY, COMPUTE),
     suite=replace(
         mixture_linear.SUITE,
-        peers={**mixture_linear.SUITE.peers, OUTPUTS: mixed_outputs},
         plain=None,  # products alone: a column bound by memory brings its own limit
     ),
     tiny=MixtureCase(2, 4, 8, 8, templates=3),

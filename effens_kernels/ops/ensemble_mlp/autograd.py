@@ -13,11 +13,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from ... import _dispatch
 from .._activations import ACTIVATIONS
-from .._registration import is_plain_eager
+from .._differentiated import differentiated, must_be_seen
 from ..grouped_linear.autograd import FORM
 from . import cuda, native
 from .reference import layers
@@ -89,27 +88,17 @@ class EnsembleMLP(torch.autograd.Function):
         x, hidden, *rest = ctx.saved_tensors
         weights, biases = rest[:depth], rest[depth : 2 * depth]
         need_x = ctx.needs_input_grad[0]
-        # autograd.grad(is_grads_batched=True) maps over ops, which cannot be done with lists of tensors.
-        if torch.is_grad_enabled() or not is_plain_eager(grad) or _functorch.is_legacy_batchedtensor(grad):
-            return _differentiable(ctx, grad, x, weights, biases)
+        if must_be_seen(grad):
+            grads = differentiated(
+                lambda x, *p: chain(x, p[:depth], p[depth:], *ctx.options, ctx.backend),
+                (x, *weights, *biases),
+                ctx.needs_input_grad[:1] + ctx.needs_input_grad[5:],
+                grad,
+            )
+            return grads[0], *(None,) * 4, *grads[1:]
         y = rest[2 * depth] if len(rest) > 2 * depth else grad  # without an activation it is not read
         dx, *grads = kernels(ctx.backend).bwd(grad, x, weights, y, hidden, *ctx.options, need_x)
         for n, bias in enumerate(biases, depth):
             if bias is None:
                 grads[n] = None
         return dx if need_x else None, *(None,) * 4, *grads
-
-
-def _differentiable(ctx, grad, x, weights, biases):
-    """The same gradients as a graph of their own: through the chain, whose derivatives are ops."""
-    need_x = ctx.needs_input_grad[0]
-    with torch.enable_grad():
-        # Views, since one argument may be given twice or depend on another, and each has its own gradient.
-        x, *parameters = (None if t is None else t.view_as(t) for t in (x, *weights, *biases))
-        weights, biases = parameters[: ctx.depth], parameters[ctx.depth :]
-        y = chain(x, weights, biases, *ctx.options, ctx.backend)
-    inputs = [x] * need_x + weights + [b for b in biases if b is not None]
-    grads = iter(torch.autograd.grad(y, inputs, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
-    dx = next(grads) if need_x else None
-    dweights = [next(grads) for _ in weights]
-    return dx, *(None,) * 4, *dweights, *(None if b is None else next(grads) for b in biases)
