@@ -48,7 +48,10 @@ struct MlpKernels {
     static void run(const char* name, MlpChain<T> p, int64_t members, stream_t stream) {
       const int shared = lay_out<Shape>(p);
       const dim3 grid = grid_of(name, members * ((int64_t(p.rows) + rows - 1) / rows));
-      launch(forward ? mlp_fwd_kernel<Shape> : mlp_dgrad_kernel<Shape>, name, grid, Shape::threads, shared, stream, p);
+      if constexpr (forward)
+        launch(mlp_fwd_kernel<Shape>, name, grid, Shape::threads, shared, stream, p);
+      else
+        launch(mlp_dgrad_kernel<Shape>, name, grid, Shape::threads, shared, stream, p);
     }
   };
 };

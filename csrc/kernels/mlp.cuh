@@ -226,12 +226,14 @@ __device__ __forceinline__ void mlp_chain(const MlpChain<typename Block::T>& p) 
 template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
     mlp_fwd_kernel(const MlpChain<typename Block::T> p) {
+  static_assert(Block::forward);
   mlp_chain<Block>(p);
 }
 
 template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
     mlp_dgrad_kernel(const MlpChain<typename Block::T> p) {
+  static_assert(!Block::forward);
   mlp_chain<Block>(p);
 }
 
