@@ -51,7 +51,16 @@ BAD = {
     "weight_number": ((X, [3.0, W1]), TypeError, "weights[0]", "torch.Tensor"),
     "weight_list": ((X, [W0, [W1]]), TypeError, "weights[1]", "torch.Tensor"),
     "weight_0d": ((X, [f(), W1]), ValueError, "weights[0]", "[E, O, I]"),
-    "weight_2d": ((X, [W0, f(O, H)]), ValueError, "weights[1]", "[E, O, I], got float32[4, 6]"),
+    "weight_2d": ((X, [W0, f(O, H)]), ValueError, "weights[1]", "[E, H, O, I], got float32[4, 6]"),
+    "heads_do_not_chain": ((X, [W0, f(E, 2, O, I)]), ValueError, "weights[1]", "I=6] to follow weights[0] [3, 6, 7]"),
+    "heads_members": ((X, [W0, f(2, 2, O, H)]), ValueError, "weights[1]", "[E=3, O, I] as x [3, 5, 7]"),
+    "heads_bias_flat": (
+        (X, [W0, f(E, 2, O, H)], [B0, f(E, 2 * O)]),
+        ValueError,
+        "biases[1]",
+        "[3, 2, 4] as weights[1]",
+    ),
+    "heads_bias_3d": ((X, W, [B0, f(E, 2, O)]), ValueError, "biases[1]", "[3, O=4] as weights[1]"),
     "weight_4d": ((X, [f(E, 2, H, I), W1]), ValueError, "weights[0]", "[E, O, I], got float32[3, 2, 6, 7]"),
     "weights_do_not_chain": (
         (X, [W0, f(E, O, H + 1)]),
