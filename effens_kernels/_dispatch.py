@@ -217,9 +217,22 @@ def _is_bound_by_arithmetic(problem: Problem) -> bool:
     return min(problem.sizes[1:]) >= CUBLAS_FROM
 
 
-def takes_mlp(widths: Sequence[int]) -> bool:
-    """Whether the CUDA kernels take ensemble_mlp of these layers in one launch; `widths`: I, hidden, O."""
-    return len(widths) <= MLP_LAYERS + 1 and min(widths) > 0 and max(widths[1:]) <= MLP_WIDTH
+def takes_mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the CUDA kernels take ensemble_mlp of these layers in one launch; `widths`: I, hidden, O.
+
+    Rows of hidden values stay in shared memory.  The smallest block, with a wide input and layers of 256 in float32,
+    takes 124,416 bytes of it; half that width, or 16 bits, 87,552.
+    """
+    if len(widths) > MLP_LAYERS + 1 or min(widths) == 0 or max(widths[1:]) > MLP_WIDTH:
+        return False
+    return 2 * max(widths[1:]) * dtype.itemsize <= 4 * MLP_WIDTH or shared_memory(device) >= 124_416
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of a CUDA kernel may have."""
+    if device.type != "cuda":  # emulated
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def mixture_route(problem: Problem, templates: int, shared: bool, has_blocks: bool = False) -> str:

@@ -68,7 +68,7 @@ SMOOTH = [
     MLPCase(1, 129, (1, 256, 129), "gelu", "gelu", bias="none"),
     MLPCase(3, 20, (16, 24, 40, 24), "silu", "tanh", shared_layers=(1,)),
     MLPCase(3, 20, (9, 24, 5), "gelu", "silu", shared_layers=(0, 1)),
-    MLPCase(2, 35, (7, 9, 8, 17, 16, 5, 33, 3, 2), "gelu", "silu"),
+    MLPCase(2, 70, (17, 33, 40, 24, 64, 33, 48, 33, 17), "silu"),
     MLPCase(2, 40, (40, 24, 16), "tanh", x_layout="transposed", weight_layout="inner"),
     MLPCase(2, 40, (40, 24, 16), "tanh", x_layout="inner", weight_layout="stepped"),
     MLPCase(2, 24, (40, 48, 16), "tanh", x_layout="offset", weight_layout="offset"),
@@ -223,13 +223,16 @@ def test_strides_of_the_gradient(layout, out_activation, dtype, seed):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_values_that_are_not_finite_stay_in_their_row_and_member(value, dtype, seed):
-    """Rows past the last and columns past a width are zeros that nothing touches."""
+    """Rows past the last and columns past a width are zeros that nothing touches; the row itself is as of the chain."""
     case = MLPCase(3, 70, (17, 33, 64, 5), "tanh")
     inputs, grad = sample(case, dtype, seed)
     expected, _ = run(case, inputs, grad)
     inputs.x[1, 37, 2], grad[2, 69, 4] = value, value
     actual, _ = run(case, inputs, grad)
     assert not actual["x"][2, 69].isfinite().all()
+    layers = gradients(chain, inputs, grad, **case.options, backend="cuda")
+    for name, found in actual.items():
+        torch.testing.assert_close(found, layers[name], rtol=1e-2, atol=1e-2, equal_nan=True, msg=name)
     for name, row in (("y", (1, 37)), ("x", (1, 37)), ("x", (2, 69))):
         expected[name][row] = actual[name][row] = 0
     assert torch.equal(actual["y"], expected["y"])
@@ -297,7 +300,17 @@ def routes(case: MLPCase, monkeypatch, seed: int, trained: bool = True) -> set[s
 def test_which_layers_are_one_launch(widths, route, trained, monkeypatch, seed):
     case = MLPCase(2, 3, widths, "tanh")
     assert routes(case, monkeypatch, seed, trained) == {route}
-    assert _dispatch.takes_mlp(widths) == (route == "mlp")
+    assert _dispatch.takes_mlp(widths, torch.float32, torch.device("cpu")) == (route == "mlp")
+
+
+@pytest.mark.parametrize(("width", "dtype", "route"), [(256, 4, "chain"), (128, 4, "mlp"), (256, 2, "mlp")], ids=str)
+def test_on_a_gpu_of_less_shared_memory(width, dtype, route, monkeypatch, seed):
+    """99 KiB a block, as of compute capability 8.6, 8.9 and 12.0."""
+    monkeypatch.setattr(_dispatch, "shared_memory", lambda _: 99 << 10)
+    kind = {4: torch.float32, 2: torch.bfloat16}[dtype]
+    assert _dispatch.takes_mlp((8, width, 4), kind, torch.device("cpu")) == (route == "mlp")
+    if dtype == 4:
+        assert routes(MLPCase(2, 3, (8, width, width, 4), "tanh"), monkeypatch, seed) == {route}
 
 
 def test_a_shared_trunk_goes_first(monkeypatch, seed):

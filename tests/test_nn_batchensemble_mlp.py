@@ -81,6 +81,15 @@ def test_hooks_and_parametrizations_are_seen():
     close(mlp(x), plain)
     assert seen == [torch.Size([E, B, HIDDEN[1]])]
     handle.remove()
+    backward = []
+    handle = mlp.layers[1].register_full_backward_hook(lambda *_: backward.append(True))
+    mlp(x).sum().backward()
+    assert backward == [True]
+    handle.remove()
+    replaced = copy.deepcopy(mlp)
+    replaced.layers[1] = torch.nn.Tanh()
+    replaced.layers[2] = BatchEnsembleLinear(HIDDEN[0], O, E, **DOUBLE)
+    close(replaced(x), replaced.layers[2](torch.tanh(replaced.layers[0](x))))
     prune.l1_unstructured(mlp.layers[0], "weight", amount=0.5)
     close(mlp(x), torch.stack([member(mlp, x, e) for e in range(E)]))
 

@@ -202,6 +202,10 @@ void weight_gradients(const Sizes& s, const Mixing& weights, const Tensor& g, co
   p.a = Matrices(g).transposed().batched();
   p.b = Matrices(x).batched();
   if (db) p.row_sums_batch = s.outputs;
+  if (!need_coefficients && !need_templates) {  // a product without columns
+    p.m = s.outputs, p.n = 0, p.row_sums = db->mutable_data_ptr();
+    return run<1>({p});
+  }
   const int64_t line = 64 / s.element, dots = s.members * s.templates, sum = weights.dtype == DType::f64 ? 8 : 4;
   // The same however many threads there are, since the coefficients' gradient is summed block by block.
   int64_t most = gradient_bytes / (s.members * s.inputs * s.element);

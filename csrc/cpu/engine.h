@@ -128,7 +128,7 @@ const Engine* const* engines();
 void prefer_large_pages(void* data, size_t bytes);
 
 // Per-thread memory that grows and is kept; `slot` < scratch_slots.
-constexpr int scratch_slots = 8, slot_shared_operand = 5, slot_mixed = 7;  // the engine itself uses 0 to 4
+constexpr int scratch_slots = 8, slot_shared_operand = 5, slot_other_operand = 6, slot_mixed = 7;  // 0 to 4: engine's
 void* scratch(int slot, size_t bytes);
 
 }  // namespace effens::cpu

@@ -215,7 +215,13 @@ __device__ __forceinline__ void mlp_chain(const MlpChain<typename Block::T>& p) 
             round();
             if (link.activation != Activation::none) through_activation(link.activation, v, load<width>(result + at));
           }
-          if (!last) store(result + at, v);
+          if (!last) {
+            // What the next product meets with zeros must be finite: an Inf in the row made it NaN.
+#pragma unroll
+            for (int j = 0; j < width; ++j)
+              if (j >= valid) v[j] = from_float<T>(0.0f);
+            store(result + at, v);
+          }
           if (link.y.data != nullptr && exists) link.y.write(member, row + r, column, valid, v);
         });
       }

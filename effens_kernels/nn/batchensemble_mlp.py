@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import rank1_mlp
-from ._layout import as_given, checked_activation, layout_repr, members_first, one_layout, one_member, parameters
+from ._layout import (
+    as_given,
+    checked_activation,
+    has_hooks,
+    layout_repr,
+    members_first,
+    one_layout,
+    one_member,
+    parameters,
+)
 from .batchensemble import BatchEnsembleLinear
 
 
@@ -32,7 +41,7 @@ class BatchEnsembleMLP(nn.Module):
         bias, shared_bias, batch_first, tiled, device, dtype: as in :class:`BatchEnsembleLinear`.
 
     Parameters `layers.0.weight` `[H, I]`, `layers.0.r` `[E, I]`, `layers.0.s` `[E, H]`, `layers.0.bias`, and so on.
-    All layers run as one op, unless there are hooks on some: then layer by layer.
+    All layers run as one op, unless some have hooks or were replaced by layers of another kind: then layer by layer.
 
     `forward(input, member=None)`: `[B, I]` or per member to `[E, B, O]`; with `member=e`, `[B, I]` to `[B, O]`.
 
@@ -96,8 +105,8 @@ class BatchEnsembleMLP(nn.Module):
                 input = layer(input, member)
             return input
         x = members_first("BatchEnsembleMLP", input, self.num_members, self.batch_first, tiled=self.tiled)
-        if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):  # pruning, old weight_norm, ...
-            for layer in layers:
+        if any(has_hooks(layer) or type(layer).forward is not BatchEnsembleLinear.forward for layer in layers):
+            for layer in layers:  # pruning, old weight_norm, layers of another kind, ...
                 x = layer(x)
         else:
             groups = [parameters(layers, name) for name in ("weight", "r", "s", "bias")]

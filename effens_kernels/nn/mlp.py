@@ -12,7 +12,7 @@ from ..ops import ensemble_mlp
 from ..ops._activations import ACTIVATIONS
 from ..ops._checks import reject
 from ..ops.ensemble_mlp.reference import layers as layer_by_layer
-from ._layout import checked_activation, members_first, one_member, parameters, positive
+from ._layout import checked_activation, has_hooks, members_first, one_member, parameters, positive
 from .linear import EnsembleLinear, MultiHeadLinear
 
 
@@ -98,7 +98,7 @@ class EnsembleMLP(nn.Module):
             return self._activated(input)
         x = members_first("EnsembleMLP", input, self.num_members, self.batch_first)
         weights, biases = parameters(layers, "weight"), parameters(layers, "bias")
-        if any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):  # pruning, old weight_norm, ...
+        if any(map(has_hooks, layers)):  # pruning, old weight_norm, ...
             calls = iter(layers)
             x = self._activated(layer_by_layer(lambda x, *_: next(calls)(x), x, weights, biases, None, None))
         else:

@@ -36,10 +36,11 @@ def _blocks_bwd(
     arguments = grad, x, coefficients, templates, saved
     whole = need_x and (x.dim() == 2 or _dispatch.mixes_whole_for_inputs(templates.numel() * templates.itemsize))
     code = ACTIVATIONS[activation].code
-    grads = _native.ops.mixture_linear_bwd.default(*arguments, code, need_x and not whole, *need)
-    if whole:
-        dx = _whole_bwd(*arguments, activation, True, False, False, False)[0]
-        return dx, *grads[1:]
+    if not whole:
+        return _native.ops.mixture_linear_bwd.default(*arguments, code, need_x, *need)
+    grads = _whole_bwd(*arguments, activation, True, False, False, False)
+    if any(need):
+        return grads[0], *_native.ops.mixture_linear_bwd.default(*arguments, code, False, *need)[1:]
     return grads
 
 

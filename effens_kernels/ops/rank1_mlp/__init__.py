@@ -96,7 +96,7 @@ def _some_take_torch(x: Tensor, groups: autograd.Groups, flat: Sequence[Tensor |
 
 
 def _layer_backend(x: Tensor, weight: Tensor, r: Tensor, training: bool, backend: str | None) -> str:
-    """What rank1_linear would choose for a layer."""
+    """What rank1_linear would choose for a layer that is trained if any is."""
     sizes = r.shape[0], x.shape[-2], *reversed(weight.shape)
     problem = _dispatch.Problem("rank1_linear", x.device.type, x.dtype, sizes, x.device.index, training)
     return _dispatch.select(problem, backend)
