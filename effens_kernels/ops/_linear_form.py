@@ -10,6 +10,9 @@ Each backend's module has
 where bias is [E, O] or None, `saved` is what a' is a function of (see `_activations`): y, z, or an empty tensor, and an
 empty tensor stands in place of what is not needed.  As F is linear in each factor, second derivatives are again fwd
 and bwd, with one factor replaced at a time.
+
+fwd may return more tensors than y and z: what bwd would have to compute again.  Eager calls keep them, and give them to
+bwd as its last arguments; without them it computes.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class LinearForm:
         self.fwd_op = register(
             f"{name}_fwd({tensors}, Tensor? bias, str? activation, bool save_preactivation, str backend) -> "
             "(Tensor y, Tensor z)",
-            lambda *arguments: self.kernels(arguments[-1]).fwd(*arguments[:-1]),
+            lambda *arguments: self.kernels(arguments[-1]).fwd(*arguments[:-1])[:2],
             self._fake_fwd,
         )
         self.bwd_op = register(
@@ -169,21 +172,23 @@ def _eager_function(form: LinearForm) -> type[torch.autograd.Function]:
         @staticmethod
         def forward(ctx, backend, activation, *tensors):
             save_preactivation = saves_preactivation(activation)
-            y, z = form.kernels(backend).fwd(*tensors, activation, save_preactivation)
-            ctx.save_for_backward(*tensors[:count], *_saved(activation, y, z))
+            y, z, *more = form.kernels(backend).fwd(*tensors, activation, save_preactivation)
+            ctx.save_for_backward(*tensors[:count], *more, *_saved(activation, y, z))
             ctx.set_materialize_grads(False)
-            ctx.activation, ctx.backend = activation, backend
+            ctx.activation, ctx.backend, ctx.more = activation, backend, len(more)
             return (y, z) if save_preactivation else y
 
         @staticmethod
         def backward(ctx, grad_y, grad_z=None):
             tensors = ctx.saved_tensors
+            end = count + ctx.more
+            factors, more, saved = tensors[:count], tensors[count:end], tensors[end:]
             need = ctx.needs_input_grad[2:]
             if grad_z is None and grad_y is not None and not torch.is_grad_enabled() and is_plain_eager(grad_y):
-                saved = () if len(tensors) > count else tensors[:1]  # where nothing is saved, `saved` is not read
-                grads = form.kernels(ctx.backend).bwd(grad_y, *tensors, *saved, ctx.activation, *need)
+                saved = saved or tensors[:1]  # where nothing is saved, `saved` is not read
+                grads = form.kernels(ctx.backend).bwd(grad_y, *factors, *saved, ctx.activation, *need, *more)
                 return None, None, *[g if n else None for g, n in zip(grads, need)]
-            return None, None, *form.derivative(ctx, grad_y, grad_z, tensors[:count], tensors[count:], need)
+            return None, None, *form.derivative(ctx, grad_y, grad_z, factors, saved, need)
 
     Function.__name__ = Function.__qualname__ = "".join(part.title() for part in form.name.split("_"))
     return Function
