@@ -296,7 +296,8 @@ struct Product {
     const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
     // In place: whole vectors, no conversion, and little enough to stay in cache or too few strips for packing to pay.
     // Panels that are interleaved in memory are read slower than packed ones.
-    const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 96 << 10 && (n1 - n0 <= panel_columns || by_columns(p));
+    const bool little =
+        depth * p.b.row * int64_t(sizeof(U)) <= 160 << 10 && (n1 - n0 <= panel_columns || by_columns(p));
     const bool in_place =
         same_type && per_unit<U> == 1 && p.b.col == 1 && p.b.row != 0 && (n1 - n0) % w == 0 && !p.b_scale.data;
     const bool once = p.b.batch == 0 && p.b.reduce == 0;  // packed for all g or r
