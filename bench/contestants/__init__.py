@@ -1,6 +1,16 @@
 """One file an op: how each contestant computes its workloads.  A new op adds its SUITE here."""
 
-from . import batchensemble, grouped_linear, mix_templates, mixture_conv2d, mixture_linear, models, rank1_conv2d
+from . import (
+    batchensemble,
+    grouped_linear,
+    indexed_linear,
+    mix_templates,
+    mixture_conv2d,
+    mixture_linear,
+    models,
+    ragged_linear,
+    rank1_conv2d,
+)
 from .base import Contestant, NotApplicableError, Problem, Suite
 
 SUITES: dict[str, Suite] = {
@@ -8,6 +18,8 @@ SUITES: dict[str, Suite] = {
     for suite in (
         models.SUITE,
         grouped_linear.SUITE,
+        indexed_linear.SUITE,
+        ragged_linear.SUITE,
         batchensemble.SUITE,
         rank1_conv2d.SUITE,
         mix_templates.SUITE,
