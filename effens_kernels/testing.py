@@ -670,6 +670,22 @@ LAYER_WORKLOADS = (
     LinearCase(4, 1024, 1024, 1024),
 )
 
+# Levels of a tree of sampled paths, from its root downwards, and a layer that routes inputs to few of many members.
+INDEXED_WORKLOADS = (
+    IndexedCase(4, 128, 64, 64, sources=4, groups=16, activation="relu"),
+    IndexedCase(4, 128, 256, 256, sources=16, groups=32, activation="relu"),
+    IndexedCase(5, 128, 784, 128, sources=1, groups=5, activation="relu"),
+    IndexedCase(4, 512, 512, 512, sources=4, groups=12),
+    IndexedCase(32, 64, 256, 256, sources=8, groups=16),
+)
+
+RAGGED_WORKLOADS = (
+    RaggedCase(8, 1024, 64, 64),
+    RaggedCase(10, 2560, 256, 256, activation="relu"),
+    RaggedCase(64, 2048, 128, 128),
+    RaggedCase(8, 4096, 512, 512, activation="relu"),
+)
+
 
 @dataclass(frozen=True)
 class BatchEnsembleWorkload:

@@ -81,13 +81,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def runs(*dtypes: torch.dtype) -> list:
+def runs(*dtypes: torch.dtype, op: str = "grouped_linear") -> list:
     """(dtype, runner) for each that can; of Triton's interpreter, which is slow, the first dtype alone."""
     return [
         pytest.param(dtype, runner, id=f"{name_of(dtype)}-{runner}")
         for dtype in dtypes
         for runner in RUNNERS
-        if dtype in runner.dtypes("grouped_linear") and (dtype == dtypes[0] or not runner.interpreted)
+        if dtype in runner.dtypes(op) and (dtype == dtypes[0] or not runner.interpreted)
     ]
 
 

@@ -3,11 +3,13 @@
 from . import (
     batchensemble,
     grouped_linear,
+    indexed_linear,
     layer_ensemble,
     mix_templates,
     mixture_conv2d,
     mixture_linear,
     models,
+    ragged_linear,
     rank1_conv2d,
 )
 from .base import Contestant, NotApplicableError, Problem, Suite
@@ -17,6 +19,8 @@ SUITES: dict[str, Suite] = {
     for suite in (
         models.SUITE,
         grouped_linear.SUITE,
+        indexed_linear.SUITE,
+        ragged_linear.SUITE,
         batchensemble.SUITE,
         rank1_conv2d.SUITE,
         mix_templates.SUITE,

@@ -6,9 +6,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from ._activations import ACTIVATIONS
-from ._registration import is_plain_eager
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -62,7 +62,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def check_index(op: str, argument: str, value: object, x: Tensor) -> None:
-    """A vector of integers on x's device; of its values, see `first_outside`."""
+    """A vector of integers on x's device; of its values, see below."""
     if not isinstance(value, Tensor):
         reject(op, argument, "a torch.Tensor", value, TypeError)
     if value.dtype not in (torch.int32, torch.int64):
@@ -77,7 +77,9 @@ def check_index(op: str, argument: str, value: object, x: Tensor) -> None:
 
 def has_values(index: Tensor) -> bool:
     """Whether Python may look at them: on a GPU it would wait, and a tracer has none."""
-    return index.is_cpu and is_plain_eager(index)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return index.is_cpu and type(index) is Tensor and not _functorch.is_functorch_wrapped_tensor(index)
 
 
 def check_range(op: str, argument: str, index: Tensor, size: int, of: str) -> None:
@@ -87,3 +89,17 @@ def check_range(op: str, argument: str, index: Tensor, size: int, of: str) -> No
     for position in ((index < 0) | (index >= size)).nonzero()[:1, 0].tolist():
         expected = f"in 0..{size - 1}, of {of}" if size else f"empty, as there is none of {of}"
         reject(op, argument, expected, f"{int(index[position])} at position {position}")
+
+
+def check_offsets(op: str, offsets: Tensor, rows: int) -> None:
+    """From 0 to `rows`, never decreasing, where values can be seen."""
+    if not has_values(offsets):
+        return
+    values = offsets.tolist()
+    if values[0] != 0:
+        reject(op, "offsets", "0 at position 0", str(values[0]))
+    for position, (before, value) in enumerate(zip(values, values[1:]), 1):
+        if value < before:
+            reject(op, "offsets", f"at least {before} at position {position}, as before it", str(value))
+    if values[-1] != rows:
+        reject(op, "offsets", f"N={rows} at position {len(values) - 1}, the last", str(values[-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ... import _dispatch
-from .._checks import autocast, check_activation, check_alike, check_index, check_tensor, has_values, reject
+from .._checks import autocast, check_activation, check_alike, check_index, check_offsets, check_tensor, reject
 from .._registration import needs_grad, takes_cpu_engine
 from . import batching, reference  # noqa: F401  (batching registers the vmap rules)
 from .autograd import FORM
@@ -98,15 +98,4 @@ def check(op: str, x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | No
     check_index(op, "offsets", offsets, x)
     if offsets.shape[0] != members + 1:
         reject(op, "offsets", f"[E + 1 = {members + 1}] to fit weight {list(weight.shape)}", offsets)
-    if has_values(offsets):
-        check_offsets(op, offsets.tolist(), x.shape[0])
-
-
-def check_offsets(op: str, offsets: list[int], rows: int) -> None:
-    if offsets[0] != 0:
-        reject(op, "offsets", "0 at position 0", str(offsets[0]))
-    for position, (before, value) in enumerate(zip(offsets, offsets[1:]), 1):
-        if value < before:
-            reject(op, "offsets", f"at least {before} at position {position}, as before it", str(value))
-    if offsets[-1] != rows:
-        reject(op, "offsets", f"N={rows} at position {len(offsets) - 1}, the last", str(offsets[-1]))
+    check_offsets(op, offsets, x.shape[0])

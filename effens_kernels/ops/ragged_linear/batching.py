@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import check_offsets
 from .._registration import LIBRARY
 from .autograd import FORM
 
@@ -41,8 +42,11 @@ class _Fold:
     def offsets(self, t: Tensor, dim: int | None, rows: int) -> Tensor:
         if self.by_row:
             return t * self.size
+        t = _instances(t, dim, self.size)
+        for offsets in t if dim is not None else t[:1]:
+            check_offsets("ragged_linear", offsets, rows)
         starts = rows * torch.arange(self.size, dtype=t.dtype, device=t.device)[:, None]
-        starts = (_instances(t, dim, self.size)[:, :-1] + starts).flatten()
+        starts = (t[:, :-1] + starts).flatten()
         return torch.cat([starts, starts.new_full((1,), rows * self.size)])
 
 
