@@ -54,7 +54,7 @@ def network(dimension: int, dropout: float = 0.0) -> nn.Sequential:
 def train(model: nn.Module, run: Callable[[Tensor], Tensor], data: Testbed, args: argparse.Namespace) -> None:
     """`run` gives [S, B, 1] of some networks; their mean squared error is the loss."""
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(args.steps):
@@ -377,7 +377,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--members", type=int, default=10, help="of the Deep Ensemble, and passes of dropout (%(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=300, help="of training (%(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="of training (%(default)s)")
     parser.add_argument("--batch", type=int, default=100, help="rows per step (%(default)s)")
     parser.add_argument("--rate", type=float, default=1e-2, help="of learning, at the start (%(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="(%(default)s)")

@@ -68,13 +68,18 @@ def _from_modules(
     def gradients() -> dict[str, Tensor]:
         of_layers = [[list(option.parameters()) for option in layer] for layer in options]
         return {
-            f"{kind} of layer {q}": torch.stack([parameters[n].grad for parameters in layer])
+            f"{kind} of layer {q}": torch.stack([_gradient(parameters[n]) for parameters in layer])
             for q, layer in enumerate(of_layers)
             for n, kind in enumerate(("weight", "bias"))
         }
 
     leaves = [p for layer in options for option in layer for p in option.parameters()]
     return Contestant(name, function, (x, options), leaves, gradients)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """Zero for an option that no path takes."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def loop(problem: Problem) -> Contestant:
