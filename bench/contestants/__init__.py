@@ -4,6 +4,7 @@ from . import (
     batchensemble,
     grouped_linear,
     indexed_linear,
+    layer_ensemble,
     mix_templates,
     mixture_conv2d,
     mixture_linear,
@@ -25,6 +26,7 @@ SUITES: dict[str, Suite] = {
         mix_templates.SUITE,
         mixture_linear.SUITE,
         mixture_conv2d.SUITE,
+        layer_ensemble.SUITE,
     )
 }
 
