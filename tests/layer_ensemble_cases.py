@@ -24,6 +24,17 @@ class Residual(nn.Module):
         return x + self.inner(x).tanh()
 
 
+class Overwriting(nn.Module):
+    """Changes what it is given."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.activation = nn.Linear(width, width), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.activation(x))
+
+
 def mlp(*widths: int, counts: Sequence[int], act: Callable[[], nn.Module] = nn.ReLU, norm=None, bias=True) -> Options:
     layers: Options = []
     for n, (i, o, count) in enumerate(zip(widths, widths[1:], counts)):
@@ -74,6 +85,11 @@ CASES: dict[str, tuple[Callable[[], Options], tuple[int, ...]]] = {
     },
     "gelu-tanh": (lambda: mlp(5, 4, 3, counts=(3, 2), act=lambda: nn.GELU("tanh")), VECTOR),
     "in-place": (lambda: mlp(5, 4, 6, 3, counts=(3, 2, 3), act=lambda: nn.ReLU(inplace=True)), VECTOR),
+    "in-place-first": (
+        lambda: [[nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 4)) for _ in range(3)], *mlp(4, 3, counts=(2,))],
+        VECTOR,
+    ),
+    "overwriting": (lambda: [[Overwriting(5) for _ in range(3)] for _ in range(2)], VECTOR),
     "trunk": (lambda: mlp(5, 4, 6, 3, counts=(1, 1, 4)), VECTOR),
     "trunk-in-between": (lambda: mlp(5, 4, 6, 6, 3, counts=(3, 1, 2, 1)), VECTOR),
     "one-layer": (lambda: mlp(5, 3, counts=(4,)), VECTOR),

@@ -248,6 +248,19 @@ def test_peak_memory_of_linear_layers(kind):
     assert memory.peak <= two_widest(sizes)
 
 
+@needs_kernel
+def test_peak_memory_of_norms():
+    """What a layer was given is freed as soon as its first module has run, not with the last."""
+    widths, rows = (16, 64, 64, 10), 8
+    model = LayerEnsemble(mlp(*widths, counts=(4, 3, 1), norm=nn.LayerNorm, act=nn.ELU)).eval()
+    x, samples = torch.randn(rows, 16), model.all_paths()
+    last = 12 * rows * 64 * 4  # the second layer's, which three modules make
+    norm = 2 * 12 * (rows + 64) * 4  # mean and deviation of each row, weight and bias of each prefix
+    with torch.no_grad(), ActivationMemory() as memory:
+        model(x, model.tree(samples))
+    assert memory.peak <= 2 * last + norm + 512  # and indices
+
+
 def images(kind: str) -> tuple[LayerEnsemble, Tensor, PrefixTree]:
     model = LayerEnsemble(cnn(counts=(5, 5, 5, 5))).eval()
     return model, torch.randn(32, 2, 8, 8), model.tree(sample_sets(model)[kind])
