@@ -70,14 +70,15 @@ def _option_by_option(held: list[Tensor], level: Level, stages: list[Stage]) -> 
     x = held.pop()
     size = x.shape[1]
     keeps = torch.is_grad_enabled()
+    apart = [stage.apart() for stage in stages]
     parts: list[Tensor] = []
     result: Tensor | None = None
     for run in level.runs:
         for parents, places, count in [(run.parents, run.places, run.count)] if keeps else _blocks(run, x, stages):
             rows = (x[parents] if isinstance(parents, slice) else x.index_select(0, parents)).flatten(0, 1)
             fresh = not isinstance(parents, slice)
-            for stage in stages:
-                rows = stage.of_one(rows, run.option, count, fresh)
+            for stage, values in zip(stages, apart):
+                rows = stage.of_one(rows, run.option, values[run.option], count, fresh)
                 fresh = fresh or _is_new(stage)
             if rows.dim() == 0 or rows.shape[0] != count * size:
                 reject(

@@ -3,7 +3,8 @@
 A stage computes prefixes of a layer in one of two ways:
 
 * `of_each(x, option, fresh)`: x [U, B, ...], every prefix by its own option [U], all in one call;
-* `of_one(x, k, prefixes, fresh)`: x [n*B, ...], the rows of n prefixes that all end in option k.
+* `of_one(x, k, own, prefixes, fresh)`: x [n*B, ...], the rows of n prefixes that all end in option k, whose values
+  `own` are those that `apart()` gives for it.
 
 `fresh` says that nobody else needs x: without gradients it may be overwritten.
 """
@@ -11,7 +12,7 @@ A stage computes prefixes of a layer in one of two ways:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ...ops._activations import ACTIVATIONS
 from ...ops._checks import reject
 from . import _batch_norm
 from .prefix_tree import Level
+
+Values = Mapping[str, Tensor | None]
 
 _MODULES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
@@ -68,7 +71,7 @@ class Stage(nn.Module):
     def of_each(self, x: Tensor, option: Tensor, fresh: bool) -> Tensor:
         raise NotImplementedError
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -85,9 +88,11 @@ class Stage(nn.Module):
                 setattr(module, name, value[k].clone())
         return [module.train(self.training)]
 
-    def option(self, name: str, k: int) -> Tensor | None:
-        value = getattr(self, name)
-        return None if value is None else value[k]
+    def apart(self) -> list[Values]:
+        """For each option its parameters and buffers, by name: views, all made at once."""
+        named = {**self._parameters, **self._buffers}
+        columns = [[None] * self.num_options if value is None else value.unbind(0) for value in named.values()]
+        return [dict(zip(named, values)) for values in zip(*columns)] if named else [{}] * self.num_options
 
     def extra_repr(self) -> str:
         return f"{self.template!r}, num_options={self.num_options}"
@@ -120,8 +125,8 @@ class Linear(Stage):
         y = indexed_linear(x, self.weight, self.bias, x_index=own, weight_index=option, activation=self.activation)
         return y.reshape(len(x), *rows, y.shape[-1])
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
-        y = F.linear(self._checked(x), self.weight[k], self.option("bias", k))
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
+        y = F.linear(self._checked(x), own["weight"], own["bias"])
         return _activated(y, _MODULES.get(self.activation), ACTIVATIONS[self.activation].apply)
 
     def plain(self, k: int) -> list[nn.Module]:
@@ -143,8 +148,8 @@ class Convolution(Stage):
 
     batched = False
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
-        return self.template._conv_forward(x, self.weight[k], self.option("bias", k))
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
+        return self.template._conv_forward(x, own["weight"], own["bias"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Convolution:
         """Weights of images go through as [K*O, C, kh, kw], which may become channels_last."""
@@ -163,20 +168,21 @@ class BatchNorm(Stage):
             return _batch_norm.by_batch_statistics(self, x, option)
         return _batch_norm.by_running_statistics(self, x, option, fresh)
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
         if _batch_norm.takes_batch_statistics(self):
             rows = x.unflatten(0, (prefixes, -1))
             option = torch.full((prefixes,), k, device=x.device)
             return _batch_norm.by_batch_statistics(self, rows, option).flatten(0, 1)
-        state = [self.option(name, k) for name in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(x, *state, False, 0.0, self.template.eps)
+        mean, var = own["running_mean"], own["running_var"]
+        return F.batch_norm(x, mean, var, own["weight"], own["bias"], False, 0.0, self.template.eps)
 
 
 class LayerNorm(Stage):
     def of_each(self, x: Tensor, option: Tensor, fresh: bool) -> Tensor:
         shape, eps = self.template.normalized_shape, self.template.eps
         if self.num_options == 1:
-            return F.layer_norm(x, shape, self.option("weight", 0), self.option("bias", 0), eps)
+            (own,) = self.apart()
+            return F.layer_norm(x, shape, own["weight"], own["bias"], eps)
         y = F.layer_norm(x, shape, None, None, eps)
         between = (1,) * (x.dim() - 1 - len(shape))
         weight, bias = (
@@ -189,9 +195,8 @@ class LayerNorm(Stage):
         y = y.mul_(weight)
         return y if bias is None else y.add_(bias)
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
-        weight, bias = self.option("weight", k), self.option("bias", k)
-        return F.layer_norm(x, self.template.normalized_shape, weight, bias, self.template.eps)
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
+        return F.layer_norm(x, self.template.normalized_shape, own["weight"], own["bias"], self.template.eps)
 
 
 class Plain(Stage):
@@ -206,9 +211,9 @@ class Plain(Stage):
         self.train(modules[0].training)
 
     def of_each(self, x: Tensor, option: Tensor | None, fresh: bool) -> Tensor:
-        return self.of_one(x.flatten(0, 1), 0, len(x), fresh).unflatten(0, x.shape[:2])
+        return self.of_one(x.flatten(0, 1), 0, {}, len(x), fresh).unflatten(0, x.shape[:2])
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
         return _activated(x, type(self.module) if fresh else None, self.module)
 
     def plain(self, k: int) -> list[nn.Module]:
@@ -234,7 +239,7 @@ class Each(Stage):
         self._overwrites = any(getattr(m, "inplace", False) for m in self.options.modules())
         self.training = modules[0].training
 
-    def of_one(self, x: Tensor, k: int, prefixes: int, fresh: bool) -> Tensor:
+    def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
         module = self.options[k]
         if self._overwrites and not fresh:
             x = x.clone()
