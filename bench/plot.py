@@ -21,6 +21,13 @@ from .results import Results, Row
 
 COLORS = {
     LOOP: "#c9ced6",
+    "sum per member": "#c9ced6",
+    "einsum": "#8093ad",
+    "mm": "#5d7596",
+    "synthesis + bmm": "#8093ad",
+    "outputs + einsum": "#5d7596",
+    "synthesis + loop": "#8093ad",
+    "synthesis + groups": "#5d7596",
     "vmap": "#a9b4c4",
     "baddbmm": "#8093ad",
     "bmm + bias": "#6b84a3",
@@ -28,9 +35,12 @@ COLORS = {
     "broadcast": "#a9b4c4",
     "fold + bmm": "#8093ad",
     "tabm": "#5d7596",
+    "grouped convolution": "#5d7596",
     COMPILE: "#3f5878",
     COMPILE_MAX: "#22344c",
     PER_MEMBER: "#b9c98a",
+    "torch.mm": "#b9c98a",
+    "torch.baddbmm": "#b9c98a",
     OURS: "#e4572e",
     f"{OURS} (cuda)": "#ee8a6b",
     f"{OURS} (triton)": "#f3a98f",
@@ -88,8 +98,8 @@ def plot(
     plt.close(figure)
 
 
-def _rank(name: str) -> int:
-    return list(COLORS).index(name) if name in COLORS else len(COLORS)
+def _rank(name: str) -> tuple[int, str]:
+    return list(COLORS).index(name) if name in COLORS else len(COLORS), name
 
 
 def _panel(axis: Axes, rows: list[Row]) -> dict[str, BarContainer]:

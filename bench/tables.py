@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .results import Entry, Row
 
-_BREAK = re.compile(r"(?<=\w)(_|\.| (?=[(/])|(?<=Python) )")  # where a header of the terminal's table becomes two lines
+_BREAK = re.compile(r"(?<=\w)(?:_|\.| (?=[(/+]))|(?<=Python) |(?<=,) ")  # after which a terminal's header is broken
 SUMMARY = ("ours / limit", "best peer / ours", "loop / ours")
 
 
@@ -84,7 +84,7 @@ def terminal_table(title: str, rows: Sequence[Row], measure: str) -> Table:
         caption_justify="left",
     )
     for n, header in enumerate(layout.headers()):
-        words = _BREAK.sub(r"\1\n", header) if n else header
+        words = _BREAK.sub(r"\g<0>\n", header) if n else header
         table.add_column(words if "\n" in words else f"\n{words}", justify="right" if n else "left", no_wrap=True)
     for row in rows:
         best, by_name = row.best_peer(measure), {entry.name: entry for entry in row.entries}

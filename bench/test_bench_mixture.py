@@ -19,3 +19,8 @@ def test_bench_mix_templates(benchmark: Callable, workload: Any, name: str) -> N
 @pytest.mark.parametrize(("workload", "name"), cases(SUITES["mixture"]))
 def test_bench_mixture_linear(benchmark: Callable, workload: Any, name: str) -> None:
     run(benchmark, SUITES["mixture"], workload, name)
+
+
+@pytest.mark.parametrize(("workload", "name"), cases(SUITES["mixture_conv"]))
+def test_bench_mixture_conv2d(benchmark: Callable, workload: Any, name: str) -> None:
+    run(benchmark, SUITES["mixture_conv"], workload, name)

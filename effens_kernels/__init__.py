@@ -17,6 +17,7 @@ from .ops import (
     rank1_conv2d,
     rank1_conv_transpose2d,
     rank1_linear,
+    rank1_mlp,
 )
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "rank1_conv2d",
     "rank1_conv_transpose2d",
     "rank1_linear",
+    "rank1_mlp",
     "show_config",
 ]

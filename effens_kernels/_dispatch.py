@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -33,8 +34,9 @@ _MIXING = {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
-    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # on a GPU: layer by layer
+    "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # see `takes_mlp`
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "rank1_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # layer by layer
     "mix_templates": _MIXING,
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mixture_conv1d": _MIXING,  # see `mixture_conv_route`
@@ -54,6 +56,11 @@ CUBLAS_FROM = 512
 # ordinary multiply-adds take longer than memory does and tensor cores would not.  A heuristic too, unmeasured: M = T =
 # 64 in float32, 32 in 16 bits.
 MATMUL_FROM = 16
+
+# Up to so many layers of so many outputs, which a block holds in shared memory, ensemble_mlp is one launch of the CUDA
+# kernels (csrc/kernels/mlp.cuh); beyond, and in Triton, each layer is a launch of its own.
+MLP_LAYERS = 8
+MLP_WIDTH = 256
 
 # On a CPU, with fewer rows B than I*O divided by this, torch's composition is faster, in training or without gradients.
 # Measured on one thread of an AVX-512 processor, 2026-11-22, and right within a factor of 2 in B:
@@ -158,7 +165,7 @@ def why_not(backend: str, problem: Problem) -> str | None:
 def selects(backend: str, op: str, dtype: torch.dtype, requested: str | None) -> bool:
     """Whether `select` gives `backend` for tensors on its own device; for the short routes, which ask at every call."""
     try:
-        return select(Problem(op, "cpu" if backend == "cpu" else "cuda", dtype), requested) == backend
+        return select(Problem(op, takes_device(backend), dtype), requested) == backend
     except ValueError:
         return False
 
@@ -210,25 +217,68 @@ def _is_bound_by_arithmetic(problem: Problem) -> bool:
     return min(problem.sizes[1:]) >= CUBLAS_FROM
 
 
-def mixture_route(problem: Problem, templates: int, shared: bool) -> str:
-    """How mixture_linear runs: as "weights" mixed, then one product per member, or as "outputs" of templates mixed.
+def takes_mlp(widths: Sequence[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the CUDA kernels take ensemble_mlp of these layers in one launch; `widths`: I, hidden, O.
 
-    Outputs take T products of all rows, which are B if `shared` and else E*B, and no weight of a member; weights take E
-    products of B rows, and are written and read besides.  On a CPU the costs below, in multiply-adds, decide: fitted to
-    179 sizes (E 4 to 32, T 4 to 16, B 1 to 256, I = O 64 to 512, float32, training, one thread of an AVX-512
-    processor, 2026-11-22), where the loser took up to 14 times as long.  The choice takes up to 1.3 times as long as
-    the better way, and 1.7 and 2.2 times at two sizes whose mixed weights have 32 MiB.  On a GPU, which has not been
-    measured, the number of products decides.  Not outputs in float16, whose range they may leave.
+    Rows of hidden values stay in shared memory.  The smallest block, with a wide input and layers of 256 in float32,
+    takes 124,416 bytes of it; half that width, or 16 bits, 87,552.
+    """
+    if len(widths) > MLP_LAYERS + 1 or min(widths) == 0 or max(widths[1:]) > MLP_WIDTH:
+        return False
+    return 2 * max(widths[1:]) * dtype.itemsize <= 4 * MLP_WIDTH or shared_memory(device) >= 124_416
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of a CUDA kernel may have."""
+    if device.type != "cuda":  # emulated
+        return 227 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def mixture_route(problem: Problem, templates: int, shared: bool, has_blocks: bool = False) -> str:
+    """How mixture_linear runs: as "weights" mixed, then one product per member; the same in "blocks"; or as "outputs".
+
+    Weights and blocks take E products of B rows.  Whole weights are written and read besides; blocks stay in cache,
+    but rows are read again for each of them.  Outputs of templates take T products of all rows, which are B if `shared`
+    and else E*B, and no weight of a member.
+
+    On a CPU the costs below decide, in about the time of a multiply-add.  They were fitted to 370 sizes (E 4 to 32, T 3
+    to 16, B 1 to 256, I and O 64 to 1024, float32, training, one thread of an AVX-512 processor, 2026-11-22), where the
+    loser took up to 8 times as long, and the choice at most 1.25 times as long as the best.  On a GPU, which has not
+    been measured, the number of products decides.  Not outputs in float16, whose range they may leave.
     """
     members, batch, inputs, outputs = problem.sizes
     rows = batch if shared else members * batch
-    if problem.dtype == torch.float16:
-        return "weights"
-    if problem.device != "cpu":
-        return "outputs" if templates * rows < members * batch else "weights"
     size = inputs * outputs
-    by_outputs = templates * ((4 * rows + 30) * size + 4 * members * batch * outputs) + (1 << 21)
-    return "outputs" if by_outputs < members * (3 * batch + 90) * size else "weights"
+    if problem.device != "cpu":
+        costs = {"weights": members * batch, "outputs": templates * rows}
+    else:
+        products = (2 if shared else 3) * batch
+        costs = {
+            "weights": (members * (products + 90) + 60 * templates) * size,
+            "outputs": templates * ((3 * rows + 110) * size + 4 * members * batch * outputs) + (1 << 21),
+        }
+        read_again = members * batch * max(inputs, outputs) * problem.dtype.itemsize
+        if has_blocks and size * members * batch > 0 and (batch <= 32 or read_again <= BLOCKS_READ_AGAIN):
+            whole = not shared and mixes_whole_for_inputs(templates * size * problem.dtype.itemsize)
+            mixing = 20 + 0.75 * templates + (40 if whole else 0)
+            costs["blocks"] = (members * (products + mixing) + 60 * templates) * size
+    if problem.dtype == torch.float16:
+        del costs["outputs"]
+    return min(costs, key=costs.__getitem__)
+
+
+# What blocks of weights read again and again should stay in L2: x, or the gradient of y.
+BLOCKS_READ_AGAIN = 3 << 19
+
+
+def mixes_whole_for_inputs(template_bytes: int) -> bool:
+    """Whether mixture_linear's dx takes weights mixed whole even where all else takes blocks.
+
+    Its blocks are of columns, and templates are read a few numbers here and there; measured slower, 1.2 times, where
+    they have more pages than a processor keeps addresses of.
+    """
+    return template_bytes > 8 << 20
 
 
 def rank1_conv_route(problem: Problem, requested: str | None = None, pointwise: bool = False) -> str:

@@ -548,20 +548,57 @@ class ConvWorkload:
         def normal(*shape: int) -> Tensor:
             return strided(shape, "contiguous", generator, dtype, device)
 
-        members = 1 if self.shared else self.members
-        x = normal(members * self.batch, self.inputs, self.size, self.size)
-        weight = normal(self.outputs, self.inputs, self.kernel, self.kernel) * (self.inputs * self.kernel**2) ** -0.5
-        if self.channels_last:
-            x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        x, weight = self._images(normal), self._weights(normal)
         r, s = (1 + 0.3 * normal(self.members, channels) for channels in (self.inputs, self.outputs))
-        x = x if self.shared else x.unflatten(0, (self.members, self.batch))
         return x, weight, r, s, 0.1 * normal(self.members, self.outputs)
+
+    def _images(self, normal: Callable[..., Tensor]) -> Tensor:
+        members = 1 if self.shared else self.members
+        x = self._laid_out(normal(members * self.batch, self.inputs, self.size, self.size))
+        return x if self.shared else x.unflatten(0, (self.members, self.batch))
+
+    def _weights(self, normal: Callable[..., Tensor], count: int = 1) -> Tensor:
+        """Below each other, as one weight of `count` times the output channels."""
+        weights = normal(count * self.outputs, self.inputs, self.kernel, self.kernel)
+        return self._laid_out(weights * (self.inputs * self.kernel**2) ** -0.5)
+
+    def _laid_out(self, t: Tensor) -> Tensor:
+        return t.contiguous(memory_format=torch.channels_last) if self.channels_last else t
+
+
+@dataclass(frozen=True)
+class MixtureConvWorkload(ConvWorkload):
+    """The same of weights that are mixed of templates."""
+
+    templates: int = 4
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}-T{self.templates}"
+
+    def inputs_for(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> tuple[Tensor, ...]:
+        """Random (x, coefficients, templates, bias)."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return strided(shape, "contiguous", generator, dtype, device)
+
+        templates = self._weights(normal, self.templates).unflatten(0, (self.templates, self.outputs))
+        coefficients = normal(self.members, self.templates) * self.templates**-0.5
+        return self._images(normal), coefficients, templates, 0.1 * normal(self.members, self.outputs)
 
 
 CONV_WORKLOADS = (
     ConvWorkload(4, 32, 3, 64, 32, shared=True),
     ConvWorkload(4, 32, 64, 64, 32),
     ConvWorkload(4, 32, 128, 128, 16),
+)
+
+# As in wide residual networks for images of 32 x 32.
+MIXTURE_CONV_WORKLOADS = (
+    MixtureConvWorkload(4, 32, 16, 16, 32, templates=4),
+    MixtureConvWorkload(4, 16, 64, 64, 16, templates=5),
+    MixtureConvWorkload(4, 8, 160, 160, 16, templates=5),
+    MixtureConvWorkload(4, 8, 320, 320, 8, templates=5),
 )
 
 MIX_WORKLOADS = (

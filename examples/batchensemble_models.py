@@ -58,13 +58,8 @@ class StackedEnsemble(ek.nn.EnsembleMLP):
         super().__init__(inputs, [hidden, hidden], classes, num_members=members, activation="relu")
 
 
-class BatchEnsemble(nn.Sequential):
-    """One set of weights, scaled for each member as they are used."""
+class BatchEnsemble(ek.nn.BatchEnsembleMLP):
+    """One set of weights, scaled for each member as they are used; all layers in one call."""
 
     def __init__(self, inputs: int, hidden: int, classes: int, members: int, std: float) -> None:
-        options = {"num_members": members, "std": std, "shared_bias": True}
-        super().__init__(
-            ek.nn.BatchEnsembleLinear(inputs, hidden, activation="relu", **options),
-            ek.nn.BatchEnsembleLinear(hidden, hidden, activation="relu", **options),
-            ek.nn.BatchEnsembleLinear(hidden, classes, **options),
-        )
+        super().__init__(inputs, [hidden, hidden], classes, num_members=members, std=std, shared_bias=True)

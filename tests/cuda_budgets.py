@@ -21,8 +21,12 @@ HEADER = "| kernel | operands | slope | tile | type | math | threads | shared | 
 TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 MATH = ("fma", "tf32", "half")  # as in csrc/kernels/contract.cuh
 ENTRY = re.compile(
-    r"(?P<name>contract|wgrad|rank1_fwd|rank1_dgrad|rank1_wgrad)_kernelINS\w*?5BlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
+    r"(?P<name>contract|mlp_wgrad|wgrad|rank1_fwd|rank1_dgrad|rank1_wgrad)_kernelINS\w*?5BlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
     r"Li(?P<m>\d+)ELi(?P<n>\d+)ELb(?P<a>\d)ELb(?P<b>\d)ELb(?P<through>\d)E"
+)
+MLP_ENTRY = re.compile(
+    r"(?P<name>mlp_fwd|mlp_dgrad)_kernelINS\w*?8MlpBlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
+    r"Li(?P<rows>\d+)E"
 )
 PLAIN_ENTRY = re.compile(
     r"(?P<name>add_parts|mix_fwd|mix_bwd|mix_add)_kernelI(?P<type>f|6__half|13__nv_bfloat16)(Li(?P<tile>\d+)E)?E"
@@ -44,9 +48,16 @@ class Kernel(NamedTuple):
         return Kernel(name, "-", "-", sizes.get(name, "-"), type, "-")
 
     @staticmethod
+    def mlp(name: str, type: str, rows: int, math: str) -> Kernel:
+        """A chain of products of so many rows; forward and backward are kernels of different names."""
+        return Kernel(name, "k, k" if name == "mlp_fwd" else "k, n", "-", f"{rows} rows", type, math)
+
+    @staticmethod
     def of(mangled: str) -> Kernel | None:
         if found := PLAIN_ENTRY.search(mangled):
             return Kernel.plain(found["name"], TYPES[found["type"]], int(found["tile"] or 0))
+        if found := MLP_ENTRY.search(mangled):
+            return Kernel.mlp(found["name"], TYPES[found["type"]], int(found["rows"]), MATH[int(found["math"])])
         found = ENTRY.search(mangled)
         if found is None:
             return None
@@ -109,8 +120,11 @@ def described() -> dict[Kernel, tuple[int, int]]:
             operands = f"{'k' if a else 'm'}, {'k' if b else 'n'}"
             for type in types:
                 kernel = Kernel(name, operands, "yes" if through else "no", f"{side}x{side}", type, math)
-                plain = name in ("add_parts", "mix_fwd", "mix_bwd", "mix_add")
-                result[Kernel.plain(name, type, side) if plain else kernel] = threads, shared
+                if name in ("add_parts", "mix_fwd", "mix_bwd", "mix_add"):
+                    kernel = Kernel.plain(name, type, side)
+                elif name in ("mlp_fwd", "mlp_dgrad"):
+                    kernel = Kernel.mlp(name, type, side, math)
+                result[kernel] = threads, shared
     return result
 
 

@@ -308,3 +308,23 @@ def test_defaults(seed):
     torch.testing.assert_close(ensemble_mlp(inputs.x, inputs.weights), expected, rtol=1e-12, atol=1e-12)
     actual = ensemble_mlp(inputs.x, tuple(inputs.weights), (None, None), backend="cpu")
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", ["all", "some"])
+@pytest.mark.parametrize("shared_layers", [(), (0,), (0, 1)], ids=str)
+def test_heads_are_outputs_side_by_side(shared_layers, bias, runner, seed):
+    """A last layer [E, H, O, I], forward and backward."""
+    heads, outputs = 4, 3
+    case = MLPCase(3, 5, (6, 7, heads * outputs), "gelu", "tanh", bias=bias, shared_layers=shared_layers)
+    inputs = case.inputs_for(torch.float32, runner.device, seed)
+    grad = case.grad_for(inputs.x, seed + 1)
+    expected = gradients(ensemble_mlp, inputs, grad, **case.options, backend=runner.backend)
+    inputs.weights[-1] = inputs.weights[-1].unflatten(1, (heads, outputs))
+    if inputs.biases[-1] is not None:
+        inputs.biases[-1] = inputs.biases[-1].unflatten(1, (heads, outputs))
+    grad = grad.unflatten(-1, (heads, outputs))
+    actual = gradients(ensemble_mlp, inputs, grad, **case.options, backend=runner.backend)
+    for name, value in actual.items():
+        of_heads = name in ("y", "weights[1]", "biases[1]")
+        assert value.dim() == expected[name].dim() + of_heads
+        torch.testing.assert_close(value.reshape(expected[name].shape), expected[name], rtol=0, atol=0)

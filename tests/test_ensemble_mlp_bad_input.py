@@ -51,7 +51,16 @@ BAD = {
     "weight_number": ((X, [3.0, W1]), TypeError, "weights[0]", "torch.Tensor"),
     "weight_list": ((X, [W0, [W1]]), TypeError, "weights[1]", "torch.Tensor"),
     "weight_0d": ((X, [f(), W1]), ValueError, "weights[0]", "[E, O, I]"),
-    "weight_2d": ((X, [W0, f(O, H)]), ValueError, "weights[1]", "[E, O, I], got float32[4, 6]"),
+    "weight_2d": ((X, [W0, f(O, H)]), ValueError, "weights[1]", "[E, H, O, I], got float32[4, 6]"),
+    "heads_do_not_chain": ((X, [W0, f(E, 2, O, I)]), ValueError, "weights[1]", "I=6] to follow weights[0] [3, 6, 7]"),
+    "heads_members": ((X, [W0, f(2, 2, O, H)]), ValueError, "weights[1]", "[E=3, O, I] as x [3, 5, 7]"),
+    "heads_bias_flat": (
+        (X, [W0, f(E, 2, O, H)], [B0, f(E, 2 * O)]),
+        ValueError,
+        "biases[1]",
+        "[3, 2, 4] as weights[1]",
+    ),
+    "heads_bias_3d": ((X, W, [B0, f(E, 2, O)]), ValueError, "biases[1]", "[3, O=4] as weights[1]"),
     "weight_4d": ((X, [f(E, 2, H, I), W1]), ValueError, "weights[0]", "[E, O, I], got float32[3, 2, 6, 7]"),
     "weights_do_not_chain": (
         (X, [W0, f(E, O, H + 1)]),
@@ -93,7 +102,8 @@ BAD = {
     "bias_meta": ((X, W, [None, f(E, O, **meta)]), ValueError, "biases[1]", "on cpu like x"),
     "bias_sparse": ((X, W, [None, f(E, O).to_sparse()]), TypeError, "biases[1]", "sparse"),
 }
-backends = pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+EMULATED = ["cuda"] * _native.emulates_cuda
+backends = pytest.mark.parametrize("backend", [None, "cpu", *EMULATED, "reference"])
 
 
 def trained(values):
@@ -212,7 +222,7 @@ def test_every_route_accepts_the_same(shared, copies, training, seed):
                 "out_activation": choice.choice([None, "tanh"]),
             }
             expected = outcome(arguments, "reference", options)
-            for backend in ("cpu", None):
+            for backend in ("cpu", *EMULATED, None):
                 actual = outcome(arguments, backend, options)
                 if isinstance(expected, Tensor):
                     torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-4, atol=1e-4)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from common import ROOT, Runner
 
-from bench.contestants import Problem, batchensemble, grouped_linear, mix_templates
-from bench.gpu import bench, dispatch_table, goals, launch, parts, report, store, suite
+from bench.contestants import Problem, batchensemble, ensemble_mlp, grouped_linear, mix_templates, mixture_linear
+from bench.contestants.base import check_equal, results
+from bench.gpu import bench, dispatch_table, goals, launch, parts, report, routed, store, suite
 from bench.gpu.__main__ import main
 from bench.gpu.context import Context, IncompleteError, PartError, UnavailableError
 from bench.gpu.families import FAMILIES, each_column
@@ -22,6 +23,8 @@ from bench.gpu.sweep import run_bucket
 from bench.graphs import graphed
 from bench.runner import Lineup
 from bench.timing import measure
+from effens_kernels import _dispatch
+from effens_kernels.ops.mixture_linear import routes
 
 pytest.importorskip("rich", reason="the report's tables need rich")
 FAST = ["ceilings"]
@@ -165,6 +168,9 @@ PEERS = {
     "stacked": {"Python loop", "baddbmm", "bmm + bias", "mm per member"},
     "shared": {"Python loop", "broadcast", "fold + bmm"},
     "mixed": {"sum per member", "einsum", "mm", "torch.mm"},
+    "mixture": {"Python loop", "synthesis + bmm", "outputs + einsum", "torch.baddbmm"}
+    | {routed.name_of(backend, route) for backend in ("cpu", "cuda") for route in ("weights", "outputs")},
+    "mlp": {"Python loop", "vmap", "baddbmm chain"},
 }
 emulated = pytest.mark.skipif(
     not Runner("cuda").emulated, reason="the rehearsal needs the emulation of the CUDA kernels"
@@ -264,6 +270,52 @@ def test_the_bytes_of_the_mixed_form_are_those_of_its_tensors():
     assert backward == y.nbytes + templates.nbytes + contestant.gradients()["templates"].nbytes
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["per_member", "shared"])
+def test_the_bytes_of_layers_of_mixed_weights_are_those_of_their_tensors(shared):
+    mixture = FAMILIES["mixture"]
+    case = replace(mixture.tiny, batch=5, outputs=6, shared=shared)
+    problem = Problem(case, torch.bfloat16, "cpu")
+    contestant = mixture_linear.synthesis(problem)
+    x, coefficients, templates, bias = contestant.arguments
+    y = contestant.forward()
+    contestant.backward(y, torch.ones_like(y))
+    assert mixture.moved_bytes(case, problem.dtype) == (
+        sum(t.nbytes for t in (x, coefficients, templates, bias, y)),
+        sum(t.nbytes for t in (y, x, coefficients, templates, *contestant.gradients().values())),
+    )
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["per_member", "shared"])
+def test_routes_are_taken_forward_and_backward(shared, monkeypatch):
+    """Whatever the rule says, which is back afterwards."""
+    taken, route, rule = [], routes._route, _dispatch.mixture_route
+    monkeypatch.setattr(routes, "_route", lambda *tensors: (taken.append(route(*tensors)), taken[-1])[1])
+    monkeypatch.setattr(_dispatch, "BACKENDS", ("reference", "cpu"))
+    problem = Problem(replace(FAMILIES["mixture"].tiny, shared=shared), torch.float32, "cpu")
+    expected = results(mixture_linear.loop(problem))
+    for contestant in routed.every_route(problem):
+        check_equal(results(contestant), expected)
+    assert taken == ["weights", "weights", "outputs", "outputs"]
+    assert _dispatch.mixture_route is rule
+
+
+@pytest.mark.parametrize(("activation", "saved"), [("relu", 1), ("gelu", 2)])
+def test_the_bytes_of_perceptrons_are_those_of_their_tensors(activation, saved):
+    mlp = FAMILIES["mlp"]
+    case = replace(mlp.tiny, batch=5, widths=(8, 6, 4), activation=activation)
+    problem = Problem(case, torch.bfloat16, "cpu")
+    contestant = ensemble_mlp.chain(problem)
+    x, weights, biases = contestant.arguments
+    y = contestant.forward()
+    contestant.backward(y, torch.ones_like(y))
+    parameters = sum(t.nbytes for t in (*weights, *biases))
+    hidden = saved * case.members * 5 * 6 * 2
+    assert mlp.moved_bytes(case, problem.dtype) == (
+        x.nbytes + parameters + hidden + y.nbytes,
+        y.nbytes + x.nbytes + hidden + parameters + sum(t.nbytes for t in contestant.gradients().values()),
+    )
+
+
 def test_graphs_are_captured_checked_and_timed(monkeypatch):
     """The calls to CUDA in their order, on stand-ins: a graph's capture computes, its replay is counted."""
     replays = []
@@ -320,7 +372,11 @@ def entry(name: str, kind: str, milliseconds: float, note: str = "") -> dict:
 
 
 def lines_of(
-    family: str, peers: dict[str, float], graphed: list[dict] | None = None, host: dict[str, float] | None = None
+    family: str,
+    peers: dict[str, float],
+    graphed: list[dict] | None = None,
+    host: dict[str, float] | None = None,
+    ours: tuple[dict, ...] = (),
 ) -> dict[str, goals.Line]:
     """Of a layer whose limit takes 1 ms, we 2 and our Triton kernels 1, measured in every column."""
     entries = [entry(name, "peer", milliseconds) for name, milliseconds in peers.items()]
@@ -328,6 +384,7 @@ def lines_of(
         entry("effens_kernels", "ours", 2.0, "backend cuda"),
         entry("effens_kernels (triton)", "backend", 1.0, "backend triton"),
         entry("limit", "limit", 1.0),
+        *ours,
     ]
     row = {"suite": "s", "workload": "w", "dtype": "float32", "threads": 0, "forward_flops": 1, "backward_flops": 2}
     layer = {
@@ -396,6 +453,42 @@ def test_goals_of_the_mixed_form():
     assert lines["torch.mm / ours, forward"].reached["automatic"] == 0.75
     asked = {goal for goal, line in lines.items() if line.target is not None}
     assert all(goal.startswith(("host", "of copy")) for goal in asked)
+
+
+def test_goals_of_layers_of_mixed_weights():
+    peers = {"synthesis + bmm": 3.0, "outputs + einsum": 2.5}
+    times = {("cuda", "weights"): 2.0, ("cuda", "outputs"): 1.6, ("triton", "weights"): 1.0, ("triton", "outputs"): 1.5}
+    ours = tuple(entry(routed.name_of(*which), "backend", ms, ", ".join(which)) for which, ms in times.items())
+    ours += (entry("torch.baddbmm", "bound", 1.5),)
+    host = {"effens_kernels": 17.0, "torch.baddbmm": 10.0}
+    lines = lines_of("mixture", peers, host=host, ours=ours)
+    assert lines["host, forward, µs (torch.baddbmm: 10)"].verdict == "missed"
+    assert lines["synthesis + bmm / ours"].reached["automatic"] == 1.5
+    assert lines["synthesis + bmm / ours"].verdict == "met"
+    assert lines["best peer / ours"].reached["automatic"] == 1.25
+    assert lines["torch.baddbmm / ours"].reached["automatic"] == 0.75
+    assert lines["outputs / weights"].reached == {"automatic": 0.8, "cuda": 0.8, "triton": 1.5}
+    assert lines["outputs / weights, eager"].reached == lines["outputs / weights"].reached
+    assert lines["ours / fastest route"].reached == {"automatic": 2.0, "cuda": 2.0, "triton": 1.0}
+    assert (lines["ours / fastest route"].target, lines["ours / fastest route"].verdict) == (1.2, "missed")
+    assert lines["ours / fastest route, graphed"].verdict == "not measured"
+
+    # Torch's products: there is nothing to beat, but kernels may have been the better choice.
+    graphed = [entry("effens_kernels", "ours", 2.0, "backend reference"), entry("synthesis + bmm", "peer", 2.0), *ours]
+    lines = lines_of("mixture", peers, graphed, ours=ours)
+    assert (lines["synthesis + bmm / ours"].target, lines["synthesis + bmm / ours"].reached["automatic"]) == (None, 1.0)
+    assert lines["outputs / weights"].reached["automatic"] is None
+    assert lines["ours / fastest route"].verdict == "missed"
+
+
+def test_goals_of_perceptrons():
+    graphed = [entry("effens_kernels", "ours", 0.5, "backend cuda"), entry("baddbmm chain", "peer", 2.0)]
+    lines = lines_of("mlp", {"Python loop": 30.0, "baddbmm chain": 8.0}, graphed)
+    assert lines["graphed chain / ours"].reached["automatic"] == 4.0
+    assert lines["graphed chain / ours"].verdict == "met"
+    assert lines["eager loop / ours"].reached["automatic"] == 15.0
+    assert lines["kernels, backward"].target == 2
+    assert lines["of the roofline, forward"].target == 0.5
 
 
 def test_failed_tests_are_named(tmp_path):

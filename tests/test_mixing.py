@@ -22,11 +22,28 @@ CASES = {
     "weights": ("mixture_linear", MixtureCase(2, 3, 4, 3, templates=2)),
     "weights-gelu": ("mixture_linear", MixtureCase(2, 3, 4, 3, templates=2, activation="gelu")),
     "weights-shared-relu": ("mixture_linear", MixtureCase(2, 3, 4, 3, shared=True, templates=2, activation="relu")),
+    "blocks": ("mixture_linear", MixtureCase(2, 3, 4, 3, templates=2)),
+    "blocks-gelu": ("mixture_linear", MixtureCase(2, 3, 4, 3, templates=2, activation="gelu")),
+    "blocks-shared-relu": ("mixture_linear", MixtureCase(2, 3, 4, 3, shared=True, templates=2, activation="relu")),
     "outputs-gelu": ("mixture_linear", MixtureCase(3, 2, 4, 3, templates=2, activation="gelu")),
     "outputs-shared": ("mixture_linear", MixtureCase(3, 3, 4, 3, shared=True, templates=2)),
     "outputs-shared-tanh": ("mixture_linear", MixtureCase(3, 3, 4, 3, shared=True, templates=2, activation="tanh")),
 }
 every_case = pytest.mark.parametrize("name", CASES)
+
+
+def on_runners(isa: str | None = None):
+    """Every case on every backend; on the CPU on every instruction set, or one.  Blocks are the CPU's own."""
+    return pytest.mark.parametrize(
+        ("name", "runner"),
+        [
+            pytest.param(name, runner, id=f"{name}-{runner}")
+            for name in CASES
+            for runner in RUNNERS
+            if (runner.isa in (None, isa) or isa is None) and (runner.backend == "cpu" or not name.startswith("blocks"))
+        ],
+        indirect=["runner"],
+    )
 
 
 @pytest.fixture
@@ -114,7 +131,7 @@ def test_third_derivatives(name, seed):
     close(third(ours(name)), third(oracle(name)))
 
 
-@every_case
+@on_runners()
 def test_only_the_gradients_asked_for(name, runner, seed):
     """The same values, whatever else is computed beside them."""
     op, case = CASES[name]
@@ -131,8 +148,7 @@ def test_only_the_gradients_asked_for(name, runner, seed):
                 torch.testing.assert_close(value, every[key], rtol=1e-5, atol=1e-5)
 
 
-@every_case
-@pytest.mark.parametrize("runner", [r for r in RUNNERS if r.isa in (None, "baseline")], indirect=True, ids=str)
+@on_runners("baseline")
 def test_saved_bytes(name, runner, seed):
     """The inputs but the bias; besides, y itself for relu and tanh, one new [E, B, O] tensor for gelu."""
     _, case = CASES[name]
@@ -150,13 +166,14 @@ LARGE = {
     "mix_templates": ("mix_templates", MixCase((9,), 7, (50_021,))),
     "mix_templates-few": ("mix_templates", MixCase((3,), 2, (50_000,))),
     "weights": ("mixture_linear", MixtureCase(8, 70, 130, 200, templates=5, activation="tanh")),
+    "blocks": ("mixture_linear", MixtureCase(11, 20, 200, 400, templates=4, activation="gelu")),
     "outputs-shared": ("mixture_linear", MixtureCase(8, 70, 130, 200, shared=True, templates=5, activation="gelu")),
 }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_right_for_any_number_of_threads_and_mixing_the_same_bits(name, dtype, threads, seed):
+def test_right_for_any_number_of_threads_and_the_engines_own_the_same_bits(name, dtype, threads, seed):
     op, case = LARGE[name]
     inputs = case.inputs_for(dtype, seed=seed)
     shape = OPS[op].reference(*inputs).shape
@@ -170,7 +187,7 @@ def test_right_for_any_number_of_threads_and_mixing_the_same_bits(name, dtype, t
         found.append(derivatives(OPS[op].call, inputs, gradient, **options, backend="cpu"))
         for key, value in found[-1].items():
             assert_accurate(value, exact[key], plain[key], key, case.terms()[key])
-            if op == "mix_templates":
+            if op == "mix_templates" or name == "blocks":
                 assert torch.equal(value, found[0][key]), key
 
 

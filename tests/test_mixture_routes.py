@@ -11,30 +11,41 @@ from effens_kernels.ops.mixture_linear import reference
 from effens_kernels.testing import MixtureCase
 
 
-def chosen(members, templates, batch, size, shared, device="cpu", dtype=torch.float32) -> str:
+def chosen(members, templates, batch, size, shared, device="cpu", dtype=torch.float32, has_blocks=True) -> str:
     problem = _dispatch.Problem("mixture_linear", device, dtype, (members, batch, size, size))
-    return _dispatch.mixture_route(problem, templates, shared)
+    return _dispatch.mixture_route(problem, templates, shared, has_blocks)
 
 
 def test_the_rule():
     assert chosen(32, 4, 64, 512, shared=True) == "outputs"
-    assert chosen(4, 8, 64, 512, shared=True) == "weights"
+    assert chosen(4, 8, 64, 512, shared=True) == "blocks"
+    assert chosen(4, 8, 64, 512, shared=True, has_blocks=False) == "weights"
     assert chosen(32, 4, 1, 512, shared=False) == "outputs"
-    assert chosen(32, 4, 16, 512, shared=False) == "weights"
-    assert chosen(4, 4, 1, 16, shared=True) == "weights"  # too small for the calls that it takes
-    assert chosen(32, 4, 64, 512, shared=True, dtype=torch.float16) == "weights"
-    assert chosen(32, 4, 64, 512, shared=True, device="cuda") == "outputs"
-    assert chosen(32, 4, 1, 512, shared=False, device="cuda") == "weights"
+    assert chosen(32, 4, 16, 512, shared=False) == "blocks"
+    assert chosen(32, 4, 256, 512, shared=False) == "weights"  # blocks would read too many rows again and again
+    assert chosen(4, 4, 1, 16, shared=True) == "blocks"  # too small for the calls that outputs take
+    assert chosen(4, 4, 0, 16, shared=True) == "weights"
+    assert chosen(32, 4, 16, 512, shared=True, dtype=torch.float16) == "blocks"
+    assert chosen(32, 4, 64, 512, shared=True, device="cuda", has_blocks=False) == "outputs"
+    assert chosen(32, 4, 1, 512, shared=False, device="cuda", has_blocks=False) == "weights"
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per_member"])
-def test_outputs_are_mixed_where_the_rule_says(shared, seed, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "case"),
+    [
+        ("outputs", MixtureCase(16, 2, 200, 190, templates=2, activation="relu")),
+        ("outputs", MixtureCase(16, 2, 200, 190, shared=True, templates=2, activation="relu")),
+        ("blocks", MixtureCase(5, 9, 70, 90, templates=3, activation="relu")),
+        ("weights", MixtureCase(32, 70, 190, 200, templates=3, activation="relu")),
+    ],
+    ids=str,
+)
+def test_the_way_that_the_rule_says_is_taken(way, case, seed, monkeypatch):
     made, route = [], _dispatch.mixture_route
     monkeypatch.setattr(_dispatch, "mixture_route", lambda *a: (made.append(route(*a)), made[-1])[1])
-    case = MixtureCase(16, 2, 200, 190, shared=shared, templates=2, activation="relu")
     inputs = case.inputs_for(seed=seed)
     y = mixture_linear(*inputs, activation="relu", backend="cpu")
-    assert made == ["outputs"]
+    assert made == [way]
     torch.testing.assert_close(y, reference.mixture_linear(*inputs, "relu"), rtol=1e-4, atol=1e-4)
 
 

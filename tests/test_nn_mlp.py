@@ -26,6 +26,42 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+def heads_of(mlp: EnsembleMLP, x: Tensor, e: int) -> Tensor:
+    """What member e is where its last layer has heads: [B, H, O]."""
+    *hidden, last = mlp.layers
+    for layer in hidden:
+        own = min(e, layer.weight.shape[0] - 1)
+        x = F.linear(x, layer.weight[own], None if layer.bias is None else layer.bias[own])
+        x = ACTIVATIONS[mlp.activation].apply(x)
+    own = min(e, last.weight.shape[0] - 1)
+    biases = [None] * mlp.num_heads if last.bias is None else last.bias[own]
+    y = torch.stack([F.linear(x, weight, bias) for weight, bias in zip(last.weight[own], biases)], 1)
+    return ACTIVATIONS[mlp.out_activation].apply(y)
+
+
+@layouts
+@shared
+@pytest.mark.parametrize("out_activation", [None, "gelu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
+@pytest.mark.parametrize("hooked", [False, True], ids=["one_op", "hooked"])
+def test_heads(batch_first, shared_layers, out_activation, bias, hooked):
+    options = {"out_activation": out_activation, "shared_layers": shared_layers, "batch_first": batch_first}
+    mlp = EnsembleMLP(I, HIDDEN, O, E, num_heads=5, activation="tanh", bias=bias, **options, **DOUBLE)
+    if hooked:
+        mlp.layers[0].register_forward_hook(lambda *_: None)
+    x = torch.randn(E, B, I, **DOUBLE)
+    own = torch.stack([heads_of(mlp, x[e], e) for e in range(E)])
+    same = torch.stack([heads_of(mlp, x[0], e) for e in range(E)])
+    for actual, expected in zip((mlp(x.transpose(0, 1) if batch_first else x), mlp(x[0])), (own, same)):
+        y = actual.transpose(0, 1) if batch_first else actual
+        close(y, expected)
+        weight = torch.randn_like(expected)
+        grads = (torch.autograd.grad((t * weight).sum(), list(mlp.parameters())) for t in (y, expected))
+        for a, b in zip(*grads):
+            close(a, b)
+    close(mlp(x[0], member=2), heads_of(mlp, x[0], 2))
+
+
 def member(mlp: EnsembleMLP, x: Tensor, e: int) -> Tensor:
     """What member e is, in PyTorch's operations."""
     last = len(mlp.layers) - 1

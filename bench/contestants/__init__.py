@@ -1,6 +1,6 @@
 """One file an op: how each contestant computes its workloads.  A new op adds its SUITE here."""
 
-from . import batchensemble, grouped_linear, mix_templates, mixture_linear, models, rank1_conv2d
+from . import batchensemble, grouped_linear, mix_templates, mixture_conv2d, mixture_linear, models, rank1_conv2d
 from .base import Contestant, NotApplicableError, Problem, Suite
 
 SUITES: dict[str, Suite] = {
@@ -12,6 +12,7 @@ SUITES: dict[str, Suite] = {
         rank1_conv2d.SUITE,
         mix_templates.SUITE,
         mixture_linear.SUITE,
+        mixture_conv2d.SUITE,
     )
 }
 

@@ -1,4 +1,4 @@
-"""BatchEnsemble models and layers: `rank1_linear` against what tutorials and libraries do.
+"""BatchEnsemble models and layers: `rank1_mlp` and `rank1_linear` against what tutorials and libraries do.
 
 Models take data, [B, I] without a gradient, the same for all members; layers take features of a layer before, [E, B, I]
 with one.  Every contestant gives [E, B, O] and has a bias for each member.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effens_kernels import rank1_linear
+from effens_kernels import rank1_linear, rank1_mlp
 from effens_kernels.testing import BATCHENSEMBLE_WORKLOADS, BatchEnsembleWorkload
 
 from .base import LOOP, OURS, Contestant, NotApplicableError, Problem, Product, Suite
@@ -136,10 +136,15 @@ def tabm(problem: Problem) -> Contestant:
 
 
 def ours(problem: Problem) -> list[Contestant]:
-    def layer(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        return rank1_linear(x, weight, r, s, bias, activation="relu" if relu else None)
+    """Models as one op, and a layer alone as its own."""
+    if not problem.workload.model:
+        return [from_function(problem, OURS, rank1_linear, kind="ours")]
+    x, layers = _start(problem)
 
-    return [_contestant(OURS, problem, layer, kind="ours")]
+    def function(x: Tensor, layers: Layers) -> Tensor:
+        return rank1_mlp(x, *map(list, zip(*layers)))
+
+    return [Contestant(OURS, function, (x, layers), _leaves(x, layers), lambda: _gradients(x, layers), kind="ours")]
 
 
 def products(workload: BatchEnsembleWorkload) -> list[Product]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,8 @@ MORE_WORKLOADS = (
     MixtureCase(10, 1, 256, 256, templates=4),
     MixtureCase(10, 32, 256, 256, templates=8),
 )
+SYNTHESIS = "synthesis + bmm"
+OUTPUTS = "outputs + einsum"
 NAMES = ("x", "coefficients", "templates", "bias")
 
 
@@ -33,8 +36,8 @@ def _values(problem: Problem) -> tuple[Tensor, ...]:
     return problem.workload.inputs_for(problem.dtype, problem.device, seed=0)
 
 
-def _contestant(name: str, problem: Problem, function: Callable[..., Tensor], kind: str = "peer") -> Contestant:
-    """Rows that all members share are data and need no gradient."""
+def from_function(problem: Problem, name: str, function: Callable[..., Tensor], **labels: Any) -> Contestant:
+    """function(x, coefficients, templates, bias) on the problem's values; shared rows are data, without a gradient."""
     tensors = [t.clone().requires_grad_() for t in _values(problem)]
     tensors[0].requires_grad_(not problem.workload.shared)
     leaves = {name: t for name, t in zip(NAMES, tensors) if t.requires_grad}
@@ -44,7 +47,7 @@ def _contestant(name: str, problem: Problem, function: Callable[..., Tensor], ki
         tuple(tensors),
         list(leaves.values()),
         lambda: {name: leaf.grad for name, leaf in leaves.items()},
-        kind,
+        **labels,
     )
 
 
@@ -56,7 +59,7 @@ def loop(problem: Problem) -> Contestant:
         rows = [x] * len(weights) if x.dim() == 2 else x
         return torch.stack([F.linear(*member) for member in zip(rows, weights, bias)])
 
-    return _contestant(LOOP, problem, function)
+    return from_function(problem, LOOP, function)
 
 
 def synthesis(problem: Problem) -> Contestant:
@@ -67,11 +70,26 @@ def synthesis(problem: Problem) -> Contestant:
         rows = x.expand(len(weight), *x.shape) if x.dim() == 2 else x
         return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
 
-    return _contestant("synthesis + bmm", problem, function)
+    return from_function(problem, SYNTHESIS, function)
+
+
+def mixed_outputs(problem: Problem) -> Contestant:
+    """No weight of a member: one product of all templates, mixed by another."""
+
+    def function(x: Tensor, coefficients: Tensor, templates: Tensor, bias: Tensor) -> Tensor:
+        outputs = F.linear(x, templates.flatten(0, 1)).unflatten(-1, templates.shape[:2])
+        mixed = "et,bto->ebo" if x.dim() == 2 else "et,ebto->ebo"
+        return torch.einsum(mixed, coefficients, outputs) + bias.unsqueeze(1)
+
+    return from_function(problem, OUTPUTS, function)
 
 
 def ours(problem: Problem) -> list[Contestant]:
-    return [_contestant(OURS, problem, mixture_linear, "ours")]
+    return [from_function(problem, OURS, mixture_linear, kind="ours")]
+
+
+def sizes(case: MixtureCase) -> tuple[int, int, int, int]:
+    return case.members, case.batch, case.inputs, case.outputs
 
 
 def products(case: MixtureCase) -> list[Product]:
@@ -89,7 +107,7 @@ SUITE = Suite(
     title="Layers of mixed weights: mixture_linear",
     workloads=MIXTURE_WORKLOADS,
     more_workloads=MORE_WORKLOADS,
-    peers={LOOP: loop, "synthesis + bmm": synthesis},
+    peers={LOOP: loop, SYNTHESIS: synthesis, OUTPUTS: mixed_outputs},
     ours=ours,
     products=products,
     plain=plain,

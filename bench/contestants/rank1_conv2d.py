@@ -96,8 +96,12 @@ def ours(problem: Problem) -> list[Contestant]:
 
 
 def plain(problem: Problem) -> Contestant:
-    workload = problem.workload
-    x, weight, _, _, bias = (t.detach() for t in _values(problem))
+    x, weight, _, _, bias = _values(problem)
+    return plain_convolution(problem.workload, x, weight, bias[0])
+
+
+def plain_convolution(workload: ConvWorkload, x: Tensor, weight: Tensor, bias: Tensor) -> Contestant:
+    """One weight on the images of all members."""
     images = x.repeat(workload.members, 1, 1, 1) if workload.shared else x.flatten(0, 1)
     if workload.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -105,10 +109,10 @@ def plain(problem: Problem) -> Contestant:
     mask = [not workload.shared, True, True]
 
     def forward(images: Tensor) -> Tensor:
-        return torch.convolution(images, weight, bias[0], *options)
+        return torch.convolution(images, weight, bias, *options)
 
     def backward(_: Tensor, gradient: Tensor) -> None:
-        torch.ops.aten.convolution_backward(gradient, images, weight, bias.shape[1:], *options, mask)
+        torch.ops.aten.convolution_backward(gradient, images, weight, bias.shape, *options, mask)
 
     return Contestant(LIMIT, forward, (images,), (), dict, kind="limit", backward=backward)
 

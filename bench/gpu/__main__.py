@@ -117,7 +117,7 @@ def show(store: Store, chosen: list[str], not_begun: dict[str, str], brief: bool
     else:
         console = Console(highlight=False)
         if not console.is_terminal:
-            console = Console(highlight=False, width=200)
+            console = Console(highlight=False, width=220)
         if not brief:
             table.times(console, records)
             table.fastest(console, records)

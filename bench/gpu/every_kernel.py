@@ -3,8 +3,9 @@
 python -m bench.gpu.every_kernel [--device cuda] [--quick]
 
 Tile sizes, dtypes and TF32, forward and all gradients, odd and even sizes, rows that are aligned and not, shared x or
-one per member, each activation; rows and templates of mix_templates in one slice and in several.  Results are
-compared with float64, so that a kernel that does nothing does not pass.
+one per member, each activation; rows and templates of mix_templates in one slice and in several; perceptrons of which
+members share nothing, their rows or a layer.  Results are compared with float64, so that a kernel that does nothing
+does not pass.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 
 from effens_kernels import _dispatch, _native
 from effens_kernels.ops._activations import ACTIVATIONS
+from effens_kernels.ops.ensemble_mlp import reference as ensemble_mlp
 from effens_kernels.testing import OPS, Case, LinearCase, MixCase, Rank1Case, error
+
+from ..contestants.ensemble_mlp import MLPWorkload
 
 TILES = (0, 1, 2)
 MATHS = {
@@ -47,12 +51,18 @@ CASES = (
     MixCase((33,), 17, (600,)),
     MixCase((70,), 140, (264,)),
     MixCase((300,), 3, (130,), layout="offset"),
+    # relu would flip signs near zero.
+    MLPWorkload(2, 130, (33, 64, 64, 8), "gelu", "tanh", shared=False),
+    MLPWorkload(3, 17, (300, 130, 5), "silu", "gelu"),
+    MLPWorkload(2, 65, (24, 40, 256, 16), "tanh", shared=False, shared_layers=(1,)),
+    MLPWorkload(2, 40, (17, 3), None),
 )
 QUICK = (
     LinearCase(2, 9, 21, 13, shared=True, activation="gelu"),
     LinearCase(2, 8, 16, 24),
     Rank1Case(3, 9, 21, 13, activation="relu"),
     MixCase((5,), 7, (37,)),
+    MLPWorkload(2, 9, (21, 13, 4), "gelu"),
 )
 TOO_LITTLE = "too little shared memory"  # an honest refusal of a tile that the GPU has no room for
 
@@ -60,11 +70,14 @@ TOO_LITTLE = "too little shared memory"  # an honest refusal of a tile that the 
 Results = Iterator[tuple[str, dict[str, tuple[torch.Tensor, ...]]]]
 
 
-def calls(cases: tuple[Case, ...], device: str) -> Results:
+def calls(cases: tuple[Case | MLPWorkload, ...], device: str) -> Results:
     """(name, {"y": (result, exact value), "x": its gradient and so on}) of one forward and backward each."""
     for case in cases:
         if isinstance(case, MixCase):
             yield from _mixing_calls(case, device)
+            continue
+        if isinstance(case, MLPWorkload):
+            yield from _mlp_calls(case, device)
             continue
         op = OPS["rank1_linear" if isinstance(case, Rank1Case) else "grouped_linear"]
         fwd, bwd = (getattr(_native.cuda_ops, f"{op.name}_{direction}") for direction in ("fwd", "bwd"))
@@ -88,9 +101,7 @@ def calls(cases: tuple[Case, ...], device: str) -> Results:
                     found = fwd(*inputs, bias.to(device), activation.code, save, tf32, tile)[:1]
                     found += bwd(grad.to(device), *inputs, saved, activation.code, *need, tf32, tile)
                 except RuntimeError as refusal:
-                    if TOO_LITTLE not in str(refusal):
-                        raise
-                    print(f"{name}: {TOO_LITTLE}", flush=True)
+                    _pass_over(name, refusal)
                     continue
                 yield name, dict(zip(("y", *op.arguments), zip((t.cpu() for t in found), exact, strict=True)))
 
@@ -116,6 +127,37 @@ def _mixing_calls(case: MixCase, device: str) -> Results:
                 }
                 gradients = "".join(name[0] for name in list(wanted)[1:])
                 yield f"{op.name} {case}, {math}, tile {tile}, gradients {gradients}", wanted
+
+
+def _mlp_calls(case: MLPWorkload, device: str) -> Results:
+    """ensemble_mlp has lists of tensors, and hands backward what forward saves."""
+    fwd, bwd = _native.cuda_ops.ensemble_mlp_fwd, _native.cuda_ops.ensemble_mlp_bwd
+    codes = ACTIVATIONS[case.activation].code, ACTIVATIONS[case.out_activation].code
+    layers = range(len(case.widths) - 1)
+    names = ["y", "x", *(f"{kind}[{n}]" for kind in ("weights", "biases") for n in layers)]
+    for math, (dtype, tf32, _) in MATHS.items():
+        x, weights, biases = case.inputs_for(dtype, "cpu", seed=0)
+        grad = torch.randn(case.members, case.batch, case.widths[-1]).to(dtype)
+        leaves = [t.double().requires_grad_() for t in (x, *weights, *biases)]
+        rest = leaves[1 : 1 + len(weights)], leaves[1 + len(weights) :]
+        y = ensemble_mlp.ensemble_mlp(leaves[0], *rest, case.activation, case.out_activation)
+        exact = [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+        x, weights, biases = x.to(device), [t.to(device) for t in weights], [t.to(device) for t in biases]
+        for tile in TILES:
+            name = f"ensemble_mlp {case}, {math}, tile {tile}"
+            try:
+                y, hidden = fwd(x, weights, biases, *codes, True, tf32, tile)
+                found = y, *bwd(grad.to(device), x, weights, y, hidden, *codes, True, tf32, tile)
+            except RuntimeError as refusal:
+                _pass_over(name, refusal)
+                continue
+            yield name, dict(zip(names, zip((t.cpu() for t in found), exact, strict=True), strict=True))
+
+
+def _pass_over(name: str, refusal: RuntimeError) -> None:
+    if TOO_LITTLE not in str(refusal):
+        raise refusal
+    print(f"{name}: {TOO_LITTLE}", flush=True)
 
 
 def _with_layout(t: torch.Tensor, device: str) -> torch.Tensor:

@@ -45,7 +45,8 @@ def _run_layer(
         lineup.admit(peer, lambda build=build: build(problem))
     _admit_compiled(lineup, context, reserved)
     options = family.options(workload)
-    for ours in every_backend(family.op, problem, family.sizes(workload), family.from_function, options):
+    backends = every_backend(family.op, problem, family.sizes(workload), family.from_function, options)
+    for ours in (*backends, *family.variants(problem)):
         lineup.admit(ours.name, lambda ours=ours: ours, ours.kind)
     for limit in _limits(family, column, problem):
         lineup.add(limit)

@@ -97,7 +97,7 @@ class Layer:
             target = theirs + allowed if theirs and allowed is not None else None
             yield self.line(f"host, {direction}, µs{compared}", target, microseconds, self.eager, at_most=True)
 
-    def bandwidths(self, forward: float, backward: float) -> Iterator[Line]:
+    def bandwidths(self, forward: float | None, backward: float | None) -> Iterator[Line]:
         """Bytes that cannot be avoided over our time, relative to the measured bandwidth of a copy."""
         copy = self.ceilings.get("copy", {}).get("TB/s")
         for direction, target, count in zip(("forward", "backward"), (forward, backward), self.data["bytes"]):

@@ -22,4 +22,10 @@ STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
   m.def(
       "mix_templates_bwd(Tensor grad, Tensor coefficients, Tensor templates, bool need_coefficients, "
       "bool need_templates, int tile=-1, int blocks=0) -> (Tensor, Tensor)");
+  m.def(
+      "ensemble_mlp_fwd(Tensor x, Tensor[] weights, Tensor?[] biases, int activation, int last_activation, bool save, "
+      "bool tf32, int tile=-1) -> (Tensor, Tensor)");
+  m.def(
+      "ensemble_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor y, Tensor hidden, int activation, "
+      "int last_activation, bool need_x, bool tf32, int tile=-1) -> Tensor[]");
 }

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t rows_at_a_time = 1 << 18;  // bytes of hidden values that a task of the forward pass works on
 constexpr int64_t gradient_bytes = 1 << 21;  // of one g_l, to be worth going member by member
-constexpr int slot_ping = slot_shared_operand, slot_pong = slot_shared_operand + 1;
+constexpr int slot_ping = slot_shared_operand, slot_pong = slot_other_operand;
 
 // The part of a product that belongs to output g, or to a range of its rows.
 Gemm part(Gemm p, int64_t g, int64_t first = 0, int64_t rows = -1) {

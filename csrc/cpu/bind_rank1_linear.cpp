@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "product.h"
+#include "rank1_linear.h"
 
 namespace effens::cpu {
 namespace {
@@ -39,30 +40,6 @@ Scale each(const Tensor& t) {
 }
 Scale summed(const Tensor& t) {
   return {t.const_data_ptr(), 0, t.stride(0)};
-}
-
-std::tuple<Tensor, Tensor> rank1_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& r, const Tensor& s,
-                                            std::optional<Tensor> bias, int64_t activation, bool save_preactivation) {
-  const char* op = "rank1_linear_fwd";
-  const Sizes z = check(op, x, weight, r, s);
-  Tensor y = empty<3>({z.members, z.batch, z.outputs}, x);
-  Tensor pre = save_preactivation ? empty<3>({z.members, z.batch, z.outputs}, x) : empty<1>({0}, x);
-  const Tensor in = unit_stride(r), out = unit_stride(s);
-  Tensor b;
-  Gemm p;
-  p.dtype = dtype_of(x, op);
-  p.batches = z.members, p.m = z.batch, p.n = z.outputs, p.k = z.inputs;
-  p.a = Matrices(x).batched(), p.a_scale = each(in);
-  p.b = Matrices(weight).transposed().batched(), p.columns_first = true;
-  p.c = output_of(y), p.c_scale = each(out);
-  if (save_preactivation) p.preactivation = output_of(pre);
-  p.activation = activation_of(op, activation);
-  if (bias) {
-    check_like(op, "bias", *bias, x, {z.members, z.outputs});
-    set_bias(p, b, *bias);
-  }
-  run<1>({p});
-  return {y, pre};
 }
 
 // g = dL/dz as rows: what both products of backward read.
@@ -177,6 +154,32 @@ void parameter_gradients(const Sizes& z, const Gradient& g, const Tensor& x, con
   }
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> rank1_linear_fwd(const Tensor& x, const Tensor& weight, const Tensor& r, const Tensor& s,
+                                            std::optional<Tensor> bias, int64_t activation, bool save_preactivation) {
+  const char* op = "rank1_linear_fwd";
+  const Sizes z = check(op, x, weight, r, s);
+  Tensor y = empty<3>({z.members, z.batch, z.outputs}, x);
+  Tensor pre = save_preactivation ? empty<3>({z.members, z.batch, z.outputs}, x) : empty<1>({0}, x);
+  const Tensor in = unit_stride(r), out = unit_stride(s);
+  Tensor b;
+  Gemm p;
+  p.dtype = dtype_of(x, op);
+  p.batches = z.members, p.m = z.batch, p.n = z.outputs, p.k = z.inputs;
+  p.a = Matrices(x).batched(), p.a_scale = each(in);
+  p.b = Matrices(weight).transposed().batched(), p.columns_first = true;
+  p.c = output_of(y), p.c_scale = each(out);
+  if (save_preactivation) p.preactivation = output_of(pre);
+  p.activation = activation_of(op, activation);
+  if (bias) {
+    check_like(op, "bias", *bias, x, {z.members, z.outputs});
+    set_bias(p, b, *bias);
+  }
+  run<1>({p});
+  return {y, pre};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank1_linear_bwd(const Tensor& grad, const Tensor& x,
                                                                     const Tensor& weight, const Tensor& r,
                                                                     const Tensor& s, const Tensor& saved,
@@ -219,7 +222,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rank1_linear_bwd(const Tensor
   return {grad_x, grad_weight, grad_r, grad_s, grad_bias};
 }
 
-}  // namespace
 }  // namespace effens::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effens_kernels_native, m) {

@@ -88,7 +88,8 @@ struct Mixing {
   int64_t template_row = 0;
   void* mixed = nullptr;  // forward: [members, columns]
   int64_t mixed_row = 0;
-  const void* grad = nullptr;  // backward: of `mixed`
+  int64_t lines = 1, template_line = 0, mixed_line = 0;  // forward: so many such lines of each row, so far apart
+  const void* grad = nullptr;                            // backward: of `mixed`
   int64_t grad_row = 0;
   void* grad_templates = nullptr;  // [templates, columns], contiguous; optional
 };
@@ -127,7 +128,7 @@ const Engine* const* engines();
 void prefer_large_pages(void* data, size_t bytes);
 
 // Per-thread memory that grows and is kept; `slot` < scratch_slots.
-constexpr int scratch_slots = 7, slot_shared_operand = 5;  // the engine itself uses 0 to 4
+constexpr int scratch_slots = 8, slot_shared_operand = 5, slot_other_operand = 6, slot_mixed = 7;  // 0 to 4: engine's
 void* scratch(int slot, size_t bytes);
 
 }  // namespace effens::cpu

@@ -14,7 +14,7 @@ struct Mix {
   static constexpr int w = lanes<C>;
   // Of sums in registers: `most_rows` rows by `width` vectors; or inner products of as many rows with `width` others.
   static constexpr int most_rows = EFFENS_REGISTERS == 32 ? 8 : 4, width = EFFENS_REGISTERS == 32 ? 3 : 2;
-  static constexpr int64_t block = width * w, line = 64 / sizeof(T), gap = 64 / sizeof(C);
+  static constexpr int64_t block = width * w, gap = 64 / sizeof(C);
   static constexpr int64_t ahead = 1024 / sizeof(T);  // columns, of what is read once
   static constexpr int64_t chunk_bytes = 64 << 10;    // of G and X, beside their inner products
   // Columns of a chunk at most, so that a tile of X stays in L1; with so many, the hardware notices where each row
@@ -141,8 +141,14 @@ struct Mix {
 
   static void forward(const Mixing& p, int64_t first, int64_t last) {
     const C* scales = coefficients(p, true);
-    const Rows<T> x{static_cast<const T*>(p.templates_data), p.template_row};
+    const T* from = static_cast<const T*>(p.templates_data);
     T* to = static_cast<T*>(p.mixed);
+    for (int64_t l = 0; l < p.lines; ++l)
+      mix_line(p, scales, {from + l * p.template_line, p.template_row}, to + l * p.mixed_line, first, last);
+  }
+
+  static void mix_line(const Mixing& p, const C* scales, Rows<T> x, T* to, int64_t first, int64_t last) {
+    const int64_t later = p.lines > 1 ? ceil_div(ahead, last - first) * p.template_line : ahead;
     const bool once = p.members <= most_rows, in_step = p.templates <= most_streams;
     const int64_t step = once      ? last - first
                          : in_step ? min(whole_chunk, chunk_columns(chunk_bytes, p.templates))
@@ -156,7 +162,7 @@ struct Mix {
         T* const here = to + i * p.mixed_row + j;
         if (once || (in_step && i == 0))
           combine<rows.value>(p.templates, scales, p.members, Rows<T>{x.at(0, j), x.ld}, here, p.mixed_row, columns,
-                              copy, ld, x.at(0, j + ahead), x.ld);
+                              copy, ld, x.at(0, j + later), x.ld);
         else
           combine<rows.value>(p.templates, scales + i, p.members, Rows<C>{copy, ld}, here, p.mixed_row, columns,
                               static_cast<C*>(nullptr), 0, i <= most_rows ? x.at(0, j + columns) : nullptr, x.ld);

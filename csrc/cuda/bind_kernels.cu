@@ -1,6 +1,7 @@
 // Which kernels are compiled, and whether they run here.
 #if !defined(EFFENS_EMULATION)
 
+#include "../kernels/ensemble_mlp.cuh"
 #include "../kernels/mix_templates.cuh"
 #include "../kernels/rank1_linear.cuh"
 #include "with_math.h"
@@ -18,7 +19,8 @@ std::string cuda_why_not() {
 
 template <class T, Math math>
 std::string describe() {
-  return device::describe_grouped_linear<T, math>() + device::describe_rank1_linear<T, math>();
+  return device::describe_grouped_linear<T, math>() + device::describe_rank1_linear<T, math>() +
+         device::describe_ensemble_mlp<T, math>();
 }
 
 std::string describe_without_math() {

@@ -72,10 +72,10 @@ struct Block {
 struct Place {
   int member, m, n;
 
-  __device__ __forceinline__ Place(int tiles_down, int tiles_across) {
+  __device__ __forceinline__ Place(int tiles_down, int tiles_across, int block) {
     constexpr int strip = 8;
-    const int tiles = tiles_down * tiles_across, tile = int(blockIdx.x) % tiles;
-    member = int(blockIdx.x) / tiles;
+    const int tiles = tiles_down * tiles_across, tile = block % tiles;
+    member = block / tiles;
     const int first = tile / (strip * tiles_across) * strip, height = min(tiles_down - first, strip);
     const int within = tile % (strip * tiles_across);
     m = first + within % height, n = within / height;
@@ -155,11 +155,11 @@ __device__ __forceinline__ float row_sum(Shared<const typename Block::T> a_tile)
 }
 
 template <class Block, bool sums>
-__device__ __forceinline__ void product(const Product<typename Block::T>& p) {
+__device__ __forceinline__ void product(const Product<typename Block::T>& p, int block) {
   using T = typename Block::T;
   using TileA = typename Block::TileA;
   constexpr int M = Block::M, N = Block::N;
-  const Place place((p.m + M - 1) / M, max((p.n + N - 1) / N, 1));
+  const Place place((p.m + M - 1) / M, max((p.n + N - 1) / N, 1), block);
   const int m = place.m * M, n = place.n * N;
   const Terms<T> terms{p.a.data + place.member * p.a.batch,
                        p.saved.data + place.member * p.saved.batch,
@@ -192,13 +192,13 @@ __device__ __forceinline__ void product(const Product<typename Block::T>& p) {
 template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
     contract_kernel(const Product<typename Block::T> p) {
-  product<Block, false>(p);
+  product<Block, false>(p, int(blockIdx.x));
 }
 
 template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
     wgrad_kernel(const Product<typename Block::T> p) {
-  product<Block, true>(p);
+  product<Block, true>(p, int(blockIdx.x));
 }
 
 }  // namespace effens::device

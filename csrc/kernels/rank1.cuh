@@ -69,7 +69,7 @@ template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
     rank1_fwd_kernel(const Rank1Product<typename Block::T> p) {
   using T = typename Block::T;
-  const Place place((p.m + Block::M - 1) / Block::M, (p.n + Block::N - 1) / Block::N);
+  const Place place((p.m + Block::M - 1) / Block::M, (p.n + Block::N - 1) / Block::N, int(blockIdx.x));
   const int m = place.m * Block::M, n = place.n * Block::N;
   const Terms<T> terms{p.a.data + place.member * p.a.batch, {}, p.b.data + place.member * p.b.batch, 1, 0, p.k};
   typename Block::Core core;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
   using T = typename Block::T;
   using Core = typename Block::Core;
   using TileA = typename Block::TileA;
-  const Place place((p.m + Block::M - 1) / Block::M, (p.n + Block::N - 1) / Block::N);
+  const Place place((p.m + Block::M - 1) / Block::M, (p.n + Block::N - 1) / Block::N, int(blockIdx.x));
   const int m = place.m * Block::M, n = place.n * Block::N;
   const Terms<T> terms{p.a.data + place.member * p.a.batch,
                        p.saved.data + place.member * p.saved.batch,
@@ -186,7 +186,7 @@ __device__ __forceinline__ void rank1_wgrad(const Rank1Wgrad<typename Block::T>&
   using TileW = typename Block::TileW;
   constexpr int M = Block::M, N = Block::N;
   const int tiles_down = (p.m + M - 1) / M, tiles_across = max((p.n + N - 1) / N, 1);
-  const Place place(tiles_down, tiles_across);
+  const Place place(tiles_down, tiles_across, int(blockIdx.x));
   const int m = place.m * M, n = place.n * N, thread = int(threadIdx.x);
   const int member_part = place.member / p.row_parts;
   const int row = place.member % p.row_parts * p.rows;

@@ -26,20 +26,45 @@ constexpr TileRow tile_table[] = {
     {TileSize::small, 32, 3.0},
 };
 
-// The tile whose waves of blocks, padding included, take least by the table; the larger of equals.
-template <class Fits>
-TileSize choose_tile(int64_t members, int64_t m, int64_t n, const Gpu& gpu, Fits fits) {
+// The tile whose waves take least: blocks(row) of them, `elements(row)` each; the larger of equals.
+template <class Table, class Fits, class Blocks, class Elements>
+TileSize least_of(const Table& table, const Gpu& gpu, Fits fits, Blocks blocks, Elements elements) {
   TileSize best = TileSize::small;
   double least = -1;
-  for (const TileRow& row : tile_table) {
+  for (const TileRow& row : table) {
     if (!fits(row.size)) continue;
-    auto tiles = [&](int64_t size) { return std::max<int64_t>(1, (size + row.side - 1) / row.side); };
-    const int64_t blocks = members * tiles(m) * tiles(n);
-    const double waves = double((blocks + gpu.multiprocessors - 1) / gpu.multiprocessors);
-    const double time = waves * row.side * row.side * row.per_element;
+    const double waves = double((blocks(row) + gpu.multiprocessors - 1) / gpu.multiprocessors);
+    const double time = waves * elements(row) * row.per_element;
     if (least < 0 || time < least) best = row.size, least = time;
   }
   return best;
+}
+
+inline int64_t tiles_of_side(int64_t size, int64_t side) {
+  return std::max<int64_t>(1, (size + side - 1) / side);
+}
+
+// The tile whose waves of blocks, padding included, take least by the table.
+template <class Fits>
+TileSize choose_tile(int64_t members, int64_t m, int64_t n, const Gpu& gpu, Fits fits) {
+  return least_of(
+      tile_table, gpu, fits,
+      [&](const TileRow& row) { return members * tiles_of_side(m, row.side) * tiles_of_side(n, row.side); },
+      [](const TileRow& row) { return row.side * row.side; });
+}
+
+// How many rows a block of ensemble_mlp takes through all layers: estimates, as above.
+constexpr TileRow mlp_table[] = {
+    {TileSize::large, 128, 1.0},
+    {TileSize::medium, 64, 1.2},
+    {TileSize::small, 32, 1.8},
+};
+
+template <class Fits>
+TileSize choose_mlp_rows(int64_t members, int64_t rows, const Gpu& gpu, Fits fits) {
+  return least_of(
+      mlp_table, gpu, fits, [&](const TileRow& row) { return members * tiles_of_side(rows, row.side); },
+      [](const TileRow& row) { return row.side; });
 }
 
 // How a sum over members and rows is cut into parts for blocks of their own, where the tiles alone leave

@@ -16,7 +16,7 @@ using cpu::Engine;
 using cpu::Mixing;
 
 struct Rooms {
-  Room coefficients, templates, grad, result, partial;
+  Room coefficients, templates, lines, grad, result, partial;
 };
 
 // [rows, columns] in rows `row` apart.
@@ -53,6 +53,27 @@ struct Rows {
 template <class T>
 using SumsOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Some columns of each line of matrices.
+template <class T, class Scale>
+void check_lines(const Engine& engine, Rooms& rooms, Random& random, Mixing p, Scale scale) {
+  const int64_t lines = 1 + random.below(4), columns = 1 + random.below(100), before = random.below(20);
+  const int64_t from = before + columns + random.below(20), to = columns + random.below(20);
+  Rows<T> x(rooms.lines, random, p.templates, lines * from, lines * from),
+      mixed(rooms.result, random, p.members, lines * to, lines * to);
+  x.fill(random);
+  p.templates_data = x.data + before, p.template_row = x.row, p.lines = lines, p.template_line = from;
+  p.mixed = mixed.data, p.mixed_row = mixed.row, p.mixed_line = to;
+  engine.mix(p, 0, columns);
+  for (int64_t m = 0; m < p.members; ++m)
+    for (int64_t l = 0; l < lines; ++l)
+      for (int64_t j = 0; j < columns; ++j) {
+        double sum = 0;
+        for (int64_t t = 0; t < p.templates; ++t) sum += scale(m, t) * widen(x(t, l * from + before + j));
+        mixed.compare(m, l * to + j, sum, "mixed");
+      }
+  mixed.untouched("mixed");
+}
+
 template <class T>
 void check(const Engine& engine, Rooms& rooms, Random& random, int64_t members, int64_t templates, int64_t columns) {
   const int64_t pad = random.chance(50) ? random.below(20) : 0;
@@ -85,6 +106,7 @@ void check(const Engine& engine, Rooms& rooms, Random& random, int64_t members, 
       }
     mixed.untouched("mixed");
   }
+  check_lines<T>(engine, rooms, random, p, scale);
   const int need = int(random.below(3));  // both, or one
   Rows<T> dx(rooms.result, random, templates, columns, columns);
   Rows<SumsOf<T>> dc(rooms.partial, random, members, templates, templates);

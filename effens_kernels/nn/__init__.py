@@ -2,6 +2,7 @@
 
 from .bank import TemplateBank
 from .batchensemble import BatchEnsembleConv2d, BatchEnsembleLinear
+from .batchensemble_mlp import BatchEnsembleMLP
 from .linear import EnsembleLinear, MultiHeadLinear
 from .mixture import MixtureConv2d, MixtureLinear
 from .mlp import EnsembleMLP
@@ -10,6 +11,7 @@ from .norm import EnsembleBatchNorm1d, EnsembleBatchNorm2d, EnsembleLayerNorm
 __all__ = [
     "BatchEnsembleConv2d",
     "BatchEnsembleLinear",
+    "BatchEnsembleMLP",
     "EnsembleBatchNorm1d",
     "EnsembleBatchNorm2d",
     "EnsembleLayerNorm",

@@ -32,6 +32,11 @@ def parameters(modules: Iterable[nn.Module], name: str) -> list[Tensor | None]:
         return [getattr(module, name) for module in modules]
 
 
+def has_hooks(layer: nn.Module) -> bool:
+    """Hooks that only a call of the layer itself runs."""
+    return bool(layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks)
+
+
 def one_layout(layer: str, batch_first: bool, tiled: bool) -> None:
     if batch_first and tiled:
         reject(layer, "tiled", "False with batch_first=True", repr(tiled))

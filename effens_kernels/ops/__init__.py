@@ -8,6 +8,7 @@ from .mixture_linear import mixture_linear
 from .multihead_linear import multihead_linear
 from .rank1_conv2d import rank1_conv1d, rank1_conv2d, rank1_conv_transpose2d
 from .rank1_linear import rank1_linear
+from .rank1_mlp import rank1_mlp
 
 __all__ = [
     "ensemble_mlp",
@@ -22,4 +23,5 @@ __all__ = [
     "rank1_conv2d",
     "rank1_conv_transpose2d",
     "rank1_linear",
+    "rank1_mlp",
 ]

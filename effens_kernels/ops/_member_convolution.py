@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
 
 from ._convolution import Options
-from ._registration import is_plain_eager
+from ._differentiated import differentiated, must_be_seen
 
 
 def forward(x: Tensor, weights: Iterable[Tensor], members: int, bias: Tensor | None, options: Options) -> Tensor:
@@ -77,23 +76,11 @@ def derivatives(
     """
     if grad is None:
         return (None,) * len(need)
-    seen = torch.is_grad_enabled() or not is_plain_eager(grad) or _functorch.is_legacy_batchedtensor(grad)
     # Autocast is not for these sums, wherever backward is called.
     with torch.autocast(grad.device.type, enabled=False):
-        return _differentiated(grad, tensors, need, composition) if seen else kernels(grad, *tensors)
-
-
-def _differentiated(
-    grad: Tensor, tensors: Sequence[Tensor], need: Sequence[bool], composition: Callable[..., Tensor]
-) -> tuple[Tensor | None, ...]:
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, since one argument may be given twice or depend on another, and each has its own gradient.
-        inputs = [t.view_as(t) for t in tensors]
-        y = composition(*inputs)
-    wanted = [t for t, n in zip(inputs, need) if n]
-    grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph) if wanted else ())
-    return *(next(grads) if n else None for n in need[:-1]), _sums(grad) if need[-1] else None
+        if not must_be_seen(grad):
+            return kernels(grad, *tensors)
+        return *differentiated(composition, tensors, need[:-1], grad), _sums(grad) if need[-1] else None
 
 
 def _sums(grad: Tensor) -> Tensor:

@@ -91,6 +91,16 @@ def takes_cpu_engine(op: str, requested: str | None, x: Tensor, *others: Tensor 
     )
 
 
+def plain_backend(op: str, requested: str | None, x: Tensor, *others: Tensor | None) -> str | None:
+    """ "cpu" or "cuda", where the short route on its kernels is exact; arguments that are wrong may pass."""
+    if x is None or not is_plain_eager(x, *others) or not (requested is None or type(requested) is str):
+        return None
+    for backend in ("cpu", "cuda"):
+        if x.device.type == _dispatch.takes_device(backend) and _dispatch.selects(backend, op, x.dtype, requested):
+            return backend
+    return None
+
+
 def takes_torch(op: str, requested: str | None, x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Where `takes_cpu_engine`: whether dispatch takes torch's composition all the same, or the arguments are at fault.
 

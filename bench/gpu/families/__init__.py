@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
-from . import mixed, shared, stacked
+from . import mixed, mixture, mlp, shared, stacked
 from .base import Column, Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (stacked.FAMILY, shared.FAMILY, mixed.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (stacked.FAMILY, shared.FAMILY, mixed.FAMILY, mixture.FAMILY, mlp.FAMILY)
+}
 
 
 def each_column() -> Iterator[tuple[Family, Column]]:

@@ -53,6 +53,7 @@ class Family:
     from_function: Callable[..., Contestant]  # (problem, name, function of the op's tensors, **labels)
     moved_bytes: Callable[[Any, torch.dtype], tuple[int, int]]  # that forward and backward cannot avoid to move
     bounds: Callable[[Problem], list[Contestant]] = lambda problem: []  # limits beside the column's
+    variants: Callable[[Problem], list[Contestant]] = lambda problem: []  # ours, by what a rule would choose otherwise
     of_sizes: Callable[..., Any] | None = None  # (E, B, I, O): the workload that stands for a bucket of a grid
 
     def column(self, name: str) -> Column:

@@ -1,6 +1,6 @@
 """The mixed form, weights as combinations of templates: `mix_templates`.
 
-What reads the weights is another op's matter: `mixture_linear` mixes them with these kernels, or outputs with others.
+What reads the weights is another family's matter: the layers of `mixture`.
 """
 
 from __future__ import annotations

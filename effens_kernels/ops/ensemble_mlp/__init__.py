@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from .._checks import autocast, check_activation, check_alike, check_tensor, reject
-from .._registration import takes_cpu_engine
+from .._registration import plain_backend
 from . import autograd, reference
 
 __all__ = ["ensemble_mlp"]
@@ -29,20 +29,23 @@ def ensemble_mlp(
     .. math:: h_{e,0} = x_e, \quad h_{e,l} = \mathrm{act}(h_{e,l-1} W_{e,l}^\top + b_{e,l}), \quad l = 1 \dots L
 
     a chain of :func:`grouped_linear`, with the same values, that keeps what one layer hands to the next in cache and
-    enters PyTorch's autograd once (deep ensembles: Lakshminarayanan et al. 2017, section 2.4).
+    enters PyTorch's autograd once (deep ensembles: Lakshminarayanan et al. 2017, section 2.4).  On a GPU all layers are
+    one launch up to 8 layers with at most 256 outputs each (128 in float32 on GPUs of less than 122 KiB of shared
+    memory a block); others run layer by layer.
 
     Args:
         x: `[B, I]`, the same rows for every member, or `[E, B, I]`.
         weights: one `[E, O, I]` per layer, the O of each being the I of the next; `[1, O, I]` for a layer whose weights
-            all members share (the trunk of a multi-head model).
-        biases: one `[E, O]` (`[1, O]` where the weight is shared) or None per layer; None for no biases at all.
+            all members share (the trunk of a multi-head model).  The last may be `[E, H, O, I]`: H heads per member.
+        biases: one `[E, O]` (`[1, O]` where the weight is shared, `[E, H, O]` of heads) or None per layer; None for no
+            biases at all.
         activation: after each layer but the last; None, "relu", "gelu" (exact), "silu" or "tanh".
         out_activation: after the last layer; the same choice.
         backend: None (automatic), "reference", "cpu", "triton" or "cuda"; a named backend never falls back.
 
     Returns:
-        `[E, B, O]` of the last layer, in the dtype of `x` (under autocast: its dtype); E is 1 where neither `x` nor any
-        layer has members.
+        `[E, B, O]` of the last layer, or `[E, B, H, O]` of heads, in the dtype of `x` (under autocast: its dtype); E is
+        1 where neither `x` nor any layer has members.
 
     Strides, dtypes, empty sizes and derivatives of any order are as for :func:`grouped_linear`.  Kept for backward:
     `x`, the parameters, each hidden layer's output, and where the activation needs it (gelu, silu) its pre-activation.
@@ -62,10 +65,32 @@ def ensemble_mlp(
     depth = len(weights)
     x, *parameters = autocast(x, *weights, *([None] * depth if biases is None else biases))
     weights, biases = parameters[:depth], parameters[depth:]
-    if takes_cpu_engine("ensemble_mlp", backend, x, *parameters):
+    if not (isinstance(weights[-1], Tensor) and weights[-1].dim() == 4):
+        return _apply(x, weights, biases, activation, out_activation, backend)
+    check(x, weights, biases, activation, out_activation)  # before heads take another shape
+    y = _apply(x, side_by_side(weights), side_by_side(biases), activation, out_activation, backend)
+    return y.unflatten(-1, weights[-1].shape[1:3])
+
+
+def side_by_side(parameters: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The last layer's heads as so many more outputs."""
+    *hidden, last = parameters
+    return [*hidden, None if last is None else last.flatten(1, 2)]
+
+
+def _apply(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: str | None,
+    out_activation: str | None,
+    backend: str | None,
+) -> Tensor:
+    chosen = plain_backend("ensemble_mlp", backend, x, *weights, *biases)
+    if chosen is not None:
         try:
-            return autograd.apply_plain(x, weights, biases, activation, out_activation)
-        except Exception:  # the engine checks for itself; if the arguments are at fault, these words are better
+            return autograd.apply_plain(x, weights, biases, activation, out_activation, chosen)
+        except Exception:  # the kernels check for themselves; if the arguments are at fault, these words are better
             check(x, weights, biases, activation, out_activation)
             raise
     check(x, weights, biases, activation, out_activation)
@@ -108,12 +133,13 @@ def check(
         name = f"weights[{n}]"
         check_tensor(op, name, weight)
         check_alike(op, "x", x, name, weight)
-        if weight.dim() != 3:
-            reject(op, name, "[E, O, I]", weight)
+        last = n == len(weights) - 1
+        if weight.dim() != 3 and not (last and weight.dim() == 4):
+            reject(op, name, "[E, O, I] or, of heads, [E, H, O, I]" if last else "[E, O, I]", weight)
         sizes = weight.shape
-        if sizes[2] != width:
+        if sizes[-1] != width:
             if n == 0:
-                reject(op, "x", f"[..., I={sizes[2]}] to fit {name} {list(sizes)}", x)
+                reject(op, "x", f"[..., I={sizes[-1]}] to fit {name} {list(sizes)}", x)
             reject(op, name, f"[E, O, I={width}] to follow {before}", weight)
         width, before = sizes[1], f"{name} {list(sizes)}"
         if sizes[0] != 1 and sizes[0] != members:
@@ -124,7 +150,8 @@ def check(
             name = f"biases[{n}]"
             check_tensor(op, name, bias)
             check_alike(op, "x", x, name, bias)
-            if bias.dim() != 2 or bias.shape[0] != sizes[0] or bias.shape[1] != width:
-                reject(op, name, f"[{sizes[0]}, O={width}] as {before}", bias)
+            if bias.shape != sizes[:-1]:
+                expected = f"[{sizes[0]}, O={width}]" if weight.dim() == 3 else str(list(sizes[:-1]))
+                reject(op, name, f"{expected} as {before}", bias)
     check_activation(op, activation)
     check_activation(op, out_activation, "out_activation")

@@ -35,6 +35,6 @@ def layers(
             x = linear(x.flatten(0, 1), weight, bias, act).squeeze(0).unflatten(0, x.shape[:2])
         else:
             x = linear(x, weight, bias, act)
-            if weight.shape[0] == 1:
+            if weight.shape[0] == 1 and n < last:
                 x = x.squeeze(0)
-    return x if x.dim() == 3 else x.unsqueeze(0)
+    return x

@@ -48,7 +48,7 @@ def _mixed(coefficients: Tensor, templates: Tensor, backend: str) -> Tensor:
 
 def _is_channels_last(t: Tensor) -> bool:
     """Of one weight; torch.func.vmap has no `is_contiguous` of a memory format."""
-    return not t.is_contiguous() and t.movedim(0, -1).is_contiguous()
+    return not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
 
 
 def _nothing(x: Tensor, weights: Tensor, bias: Tensor | None, options: Options) -> Tensor:
