@@ -8,7 +8,7 @@ from rich.table import Table
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=100)
+    console = Console(highlight=False, width=110)
 
 
 def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
