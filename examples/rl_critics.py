@@ -7,36 +7,41 @@ Randomized ensembled double Q-learning (REDQ, Chen et al. 2021) on a task of Gym
 learn from the transitions of the agent itself, in several updates per step of the environment.  All members have the
 same target, in which the minimum over two members, drawn anew for each update, counters overestimation:
 
-    y = r + gamma (1 - terminated) max_a min_{i in M} Q'_i(s', a)
+    y = (1 - gamma) r + gamma (1 - terminated) max_a min_{i in M} Q'_i(s', a)
 
 Q' are slow copies of the critics.  In the paper actions are continuous, and an actor learns to maximize the mean of all
 members.  Here a critic has the values of all actions, as in a DQN: the largest mean is the policy, epsilon-greedy while
-it learns, and the target takes the largest minimum.  An episode cut off by its time limit has not terminated: what
-would have followed still counts.  For a run of half a minute the copies follow faster than in the paper.
+it learns, and the target takes the largest minimum.  The factor 1 - gamma, which the paper has not, makes values mean
+rewards, of the order of one.  An episode cut off by its time limit has not terminated: what would have followed still
+counts.  For a run of half a minute the copies follow faster than in the paper, and the rate of learning falls to zero.
 
 1. learns, and shows returns and the members' disagreement over the steps of the environment,
 2. times forward, backward and Adam of an update, for the same critics and batches written in four ways.
+
+The learning is in rl_learning.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
 
-import gymnasium
 import torch
 from batchensemble_models import LoopEnsemble
 from printing import console, new_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rl_learning import Agent, Batch, History, Learner, Replay, Task, evaluate, learn
 from torch import Tensor, nn
 
 import effens_kernels as ek
 
+REWARDS = {
+    "CartPole-v1": "1 for each step that the pole stands, 500 at most",
+    "Acrobot-v1": "-1 for each step until the arm is up, -500 at worst",
+}
 OURS, LOOP = "effens_kernels", "Python loop"
 ROWS = 10  # of the table of learning
 UPDATES = 20  # that each way of writing them has in its turn
@@ -46,157 +51,65 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    env = gymnasium.make(args.env)
-    agent = Agent(env.observation_space.shape[0], int(env.action_space.n), args)
-    replay = Replay(args.steps, env.observation_space.shape[0], args.device)
+    env = Task(args.env, args.device)
+    agent, replay = Agent(env.features, env.actions, args), Replay(args.steps, env.features, args.device)
 
     console.rule(f"[bold]REDQ: {args.members} critics learn {args.env}")
     console.print(
-        f"{args.members} members, {'-'.join(str(layer.in_features) for layer in agent.critics.layers)}-"
-        f"{env.action_space.n}; {args.ratio} updates per step of the environment, in batches of {args.batch}; "
-        f"targets of {args.subset} members\n"
+        f"reward: {REWARDS[args.env]}\n"
+        f"{args.members} members, {env.features}-{args.hidden}-{args.hidden}-{env.actions}; targets of {args.subset}; "
+        f"{args.ratio} updates per step of the environment, in batches of {args.batch}\n"
         f"[dim]effens_kernels {ek.__version__}, torch {torch.__version__}, {args.device}, threads: {args.threads}[/]"
     )
     before = evaluate(agent, args)
-    history = learn(env, agent, replay, args)
-    show_learning(history, before, evaluate(agent, args), args)
+    history = learn_in_sight(env, agent, replay, args)
+    after = evaluate(agent, args)
+    show_learning(history, args)
 
     batches = [(batch, agent.targets(batch)) for batch in (replay.sample(args.batch) for _ in range(UPDATES))]
     learners = learners_of(agent.critics, args.rate)
     check_agreement(learners, batches[:5])
     seconds = time_updates(learners, batches, args)
     show_updates(seconds)
+    show_both(before, after, seconds, args)
     plot(history, seconds, args)
     console.print(f"wrote {args.output}")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", choices=("CartPole-v1", "Acrobot-v1"), default="CartPole-v1", help="(%(default)s)")
+    parser.add_argument("--env", choices=REWARDS, default="CartPole-v1", help="(%(default)s)")
     parser.add_argument("--members", type=int, default=10, help="critics (%(default)s)")
     parser.add_argument("--subset", type=int, default=2, help="members whose minimum is the target (%(default)s)")
     parser.add_argument("--hidden", type=int, default=64, help="width of the two hidden layers (%(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="of the environment (%(default)s)")
-    parser.add_argument("--ratio", type=int, default=4, help="updates per step of the environment (%(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="transitions per update (%(default)s)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of Adam (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="of the environment (%(default)s)")
+    parser.add_argument("--start", type=int, default=250, help="of them before the first update (%(default)s)")
+    parser.add_argument("--ratio", type=int, default=2, help="updates per step of the environment (%(default)s)")
+    parser.add_argument("--batch", type=int, default=128, help="transitions per update (%(default)s)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of Adam, at the start (%(default)s)")
     parser.add_argument("--gamma", type=float, default=0.99, help="discount (%(default)s)")
-    parser.add_argument("--tau", type=float, default=0.1, help="share of the critics in their copies (%(default)s)")
+    parser.add_argument("--tau", type=float, default=0.05, help="share of the critics in their copies (%(default)s)")
     parser.add_argument("--episodes", type=int, default=10, help="of an evaluation (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="of timing (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="of timing (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("rl_critics.png"), help="the plot (%(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="of the critics (%(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of parameters, actions and batches (%(default)s)")
     args = parser.parse_args()
-    for name in ("members", "subset", "hidden", "steps", "ratio", "batch", "episodes", "rounds", "threads"):
+    for name in ("members", "subset", "hidden", "steps", "start", "ratio", "batch", "episodes", "rounds", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} should be at least 1, got {getattr(args, name)}")
     if args.subset > args.members:
         parser.error(f"--subset should be at most --members, {args.members}, got {args.subset}")
+    if args.start >= args.steps:
+        parser.error(f"--start should be less than --steps, {args.steps}, got {args.start}")
     return args
 
 
 # ---------------------------------------------------------------------------------------------------- 1. learning
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Transitions, the states being [B, features] and all else [B]."""
-
-    state: Tensor
-    action: Tensor  # integers
-    reward: Tensor
-    next_state: Tensor
-    terminated: Tensor  # 0 or 1
-
-
-class Replay:
-    """The last `capacity` transitions."""
-
-    def __init__(self, capacity: int, features: int, device: torch.device) -> None:
-        self.data = Batch(
-            torch.zeros(capacity, features, device=device),
-            torch.zeros(capacity, dtype=torch.int64, device=device),
-            torch.zeros(capacity, device=device),
-            torch.zeros(capacity, features, device=device),
-            torch.zeros(capacity, device=device),
-        )
-        self.capacity, self.count = capacity, 0
-
-    def add(self, state: Tensor, action: int, reward: float, next_state: Tensor, terminated: bool) -> None:
-        at = self.count % self.capacity
-        for stored, value in zip(vars(self.data).values(), (state, action, reward, next_state, terminated)):
-            stored[at] = value
-        self.count += 1
-
-    def sample(self, size: int) -> Batch:
-        rows = torch.randint(min(self.count, self.capacity), (size,), device=self.data.action.device)
-        return Batch(*(stored[rows] for stored in vars(self.data).values()))
-
-
-def member_losses(values: Tensor, action: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each member, [E]; `values` [E, B, actions], `action` and `target` [B]."""
-    chosen = values.gather(2, action.view(1, -1, 1).expand(len(values), -1, 1)).squeeze(2)
-    return (chosen - target).square().mean(1)
-
-
-class Learner:
-    """Critics, as a function from states [B, features] to values [E, B, actions], and their update."""
-
-    def __init__(self, values: Callable[[Tensor], Tensor], parameters: list[Tensor], rate: float) -> None:
-        self.values = values
-        self.optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
-
-    def update(self, batch: Batch, target: Tensor) -> Tensor:
-        """The losses before it, [E].  Their sum is minimized, so that a member learns as fast as it would alone."""
-        losses = member_losses(self.values(batch.state), batch.action, target)
-        self.optimizer.zero_grad()
-        losses.sum().backward()
-        self.optimizer.step()
-        return losses.detach()
-
-
-class Agent:
-    """Critics, their slow copies, and the policy that follows from them."""
-
-    def __init__(self, features: int, actions: int, args: argparse.Namespace) -> None:
-        widths = features, [args.hidden, args.hidden], actions
-        self.critics = ek.nn.EnsembleMLP(*widths, num_members=args.members, activation="relu", device=args.device)
-        self.copies = copy.deepcopy(self.critics).requires_grad_(False)
-        self.learner = Learner(self.critics, list(self.critics.parameters()), args.rate)
-        self.subset, self.gamma, self.tau = args.subset, args.gamma, args.tau
-
-    @torch.no_grad()
-    def values(self, state: Tensor) -> Tensor:
-        """[E, actions] of one state."""
-        return self.critics(state.unsqueeze(0)).squeeze(1)
-
-    @torch.no_grad()
-    def targets(self, batch: Batch) -> Tensor:
-        members = torch.randperm(self.critics.num_members, device=batch.state.device)[: self.subset]
-        weights = [layer.weight[members] for layer in self.copies.layers]
-        biases = [layer.bias[members] for layer in self.copies.layers]
-        values = ek.ensemble_mlp(batch.next_state, weights, biases)  # [M, B, actions], of these members alone
-        return batch.reward + self.gamma * (1 - batch.terminated) * values.amin(0).amax(1)
-
-    def update(self, batch: Batch) -> None:
-        self.learner.update(batch, self.targets(batch))
-        with torch.no_grad():
-            for slow, fast in zip(self.copies.parameters(), self.critics.parameters()):
-                slow.lerp_(fast, self.tau)
-
-
-@dataclass
-class History:
-    """Of each step the value of the best action, as the members' mean, and the standard deviation over members."""
-
-    value: list[float] = field(default_factory=list)
-    disagreement: list[float] = field(default_factory=list)
-    episodes: list[tuple[int, float]] = field(default_factory=list)  # at which step it ended, and its return
-
-
-def learn(env: gymnasium.Env, agent: Agent, replay: Replay, args: argparse.Namespace) -> History:
+def learn_in_sight(env: Task, agent: Agent, replay: Replay, args: argparse.Namespace) -> History:
     columns = (
         TextColumn("learning"),
         BarColumn(),
@@ -205,62 +118,25 @@ def learn(env: gymnasium.Env, agent: Agent, replay: Replay, args: argparse.Names
         TimeRemainingColumn(),
         TextColumn("return {task.fields[last]:.0f}"),
     )
-    history, episode = History(), 0.0
-    state = tensor(env.reset(seed=args.seed)[0], args.device)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=args.steps, last=float("nan"))
-        for step in range(1, args.steps + 1):
-            values = agent.values(state)
-            action = int(values.mean(0).argmax())
-            history.value.append(values[:, action].mean().item())
-            history.disagreement.append(values[:, action].std(correction=0).item())
-            if torch.rand(()) < epsilon(step / args.steps):
-                action = int(torch.randint(values.shape[1], ()))
-            next_state, reward, terminated, truncated, _ = env.step(action)
-            next_state = tensor(next_state, args.device)
-            replay.add(state, action, reward, next_state, terminated)
-            state, episode = next_state, episode + reward
-            if step >= args.batch:
-                for _ in range(args.ratio):
-                    agent.update(replay.sample(args.batch))
-            if terminated or truncated:
-                history.episodes.append((step, episode))
-                progress.update(task, last=episode)
-                state, episode = tensor(env.reset()[0], args.device), 0.0
-            progress.update(task, advance=1)
-    return history
+
+        def each_step(history: History) -> None:
+            progress.update(task, advance=1, **({"last": history.episodes[-1][1]} if history.episodes else {}))
+
+        return learn(env, agent, replay, args, each_step)
 
 
-def tensor(state: object, device: torch.device) -> Tensor:
-    return torch.as_tensor(state, dtype=torch.float32, device=device)
-
-
-def epsilon(progress: float) -> float:
-    """The share of random actions, from all to one in twenty; after a quarter of the steps it stays there."""
-    return max(0.05, 1 - 4 * progress)
-
-
-def evaluate(agent: Agent, args: argparse.Namespace) -> float:
-    """Mean return of the greedy policy, always from the same starts."""
-    env, total = gymnasium.make(args.env), 0.0
-    for episode in range(args.episodes):
-        state, over = env.reset(seed=10_000 + episode)[0], False
-        while not over:
-            action = int(agent.values(tensor(state, args.device)).mean(0).argmax())
-            state, reward, terminated, truncated, _ = env.step(action)
-            total, over = total + reward, terminated or truncated
-    return total / args.episodes
-
-
-def show_learning(history: History, before: float, after: float, args: argparse.Namespace) -> None:
+def show_learning(history: History, args: argparse.Namespace) -> None:
     table = new_table(
         f"1. Learning {args.env}",
         "steps of the\nenvironment",
-        "episodes",
+        "episodes\nended",
         "their mean\nreturn",
         "value",
         "disagreement",
-        caption="value of the best action: mean over the members; disagreement: standard deviation over them",
+        caption="value of the best action, as the mean of the rewards to come: mean over the members;\n"
+        "disagreement: standard deviation over them",
     )
     size = -(-args.steps // ROWS)
     for begin in range(0, args.steps, size):
@@ -270,14 +146,10 @@ def show_learning(history: History, before: float, after: float, args: argparse.
             f"{end:,}",
             f"{len(returns)}",
             f"{mean(returns):.1f}" if returns else "–",
-            f"{mean(history.value[begin:end]):.2f}",
-            f"{mean(history.disagreement[begin:end]):.3f}",
+            f"{mean(history.value[begin:end]):.3f}",
+            f"{mean(history.disagreement[begin:end]):.4f}",
         )
     console.print(table)
-    console.print(
-        f"Mean return of {args.episodes} episodes without random actions: {before:.1f} before learning, "
-        f"[bold]{after:.1f}[/] after."
-    )
 
 
 # ------------------------------------------------------------------------------------------------ 2. the update
@@ -328,7 +200,7 @@ def check_agreement(learners: dict[str, Learner], batches: list[tuple[Batch, Ten
         for name, found in losses.items():
             where = f"{name}, losses of update {n}"
             torch.testing.assert_close(
-                found, losses[LOOP], rtol=1e-4, atol=1e-5, msg=lambda text, where=where: f"{where}: {text}"
+                found, losses[LOOP], rtol=1e-3, atol=1e-7, msg=lambda text, where=where: f"{where}: {text}"
             )
 
 
@@ -371,6 +243,17 @@ def show_updates(seconds: dict[str, float]) -> None:
             style="bold" if name == OURS else "",
         )
     console.print(table)
+
+
+def show_both(before: float, after: float, seconds: dict[str, float], args: argparse.Namespace) -> None:
+    updates = args.ratio * (args.steps - args.start)
+    console.print(
+        f"\nWhat to see: {args.episodes} episodes without random actions have a mean return of {before:.1f} before "
+        f"learning and of [bold]{after:.1f}[/] after {args.steps:,} steps. The {updates:,} updates behind it cost "
+        f"{updates * seconds[LOOP]:.1f} s as a Python loop over {args.members} critics, "
+        f"[bold]{updates * seconds[OURS]:.1f} s[/] on effens_kernels.",
+        width=min(console.width, 100),
+    )
 
 
 def plot(history: History, seconds: dict[str, float], args: argparse.Namespace) -> None:
