@@ -73,7 +73,7 @@ def run_row(
         progress("building", 0.0)
         for name, build in suite.peers.items():
             lineup.admit(name, lambda build=build: build(problem))
-        if compile_best:
+        if compile_best and suite.compiles:
             progress("compiling", 0.05)
             for peer in fastest_first(lineup.runnable, device):  # the first that can be compiled
                 if lineup.admit(COMPILE, peer.compiled):

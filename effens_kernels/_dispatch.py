@@ -34,6 +34,8 @@ _MIXING = {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES}
 # op -> backend -> dtypes it implements.  The reference implements every op in every dtype.
 IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "grouped_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "indexed_linear": {"cpu": _ALL_DTYPES},
+    "ragged_linear": {"cpu": _ALL_DTYPES},
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # see `takes_mlp`
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "rank1_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # layer by layer
@@ -244,7 +246,7 @@ def mixture_route(problem: Problem, templates: int, shared: bool, has_blocks: bo
 
     On a CPU the costs below decide, in about the time of a multiply-add.  They were fitted to 370 sizes (E 4 to 32, T 3
     to 16, B 1 to 256, I and O 64 to 1024, float32, training, one thread of an AVX-512 processor, 2026-11-22), where the
-    loser took up to 8 times as long, and the choice at most 1.25 times as long as the best.  On a GPU, which has not
+    loser took up to 8 times as long, and the choice at most 1.3 times as long as the best.  On a GPU, which has not
     been measured, the number of products decides.  Not outputs in float16, whose range they may leave.
     """
     members, batch, inputs, outputs = problem.sizes
@@ -253,16 +255,18 @@ def mixture_route(problem: Problem, templates: int, shared: bool, has_blocks: bo
     if problem.device != "cpu":
         costs = {"weights": members * batch, "outputs": templates * rows}
     else:
-        products = (2 if shared else 3) * batch
+        products = 2 if shared else 3  # rows per member want their gradient, and outputs computed again
+        per_weight, per_output = (60, 8) if shared else (110, 4)
+        of_template = (products * rows + per_weight) * size + per_output * members * batch * outputs
         costs = {
-            "weights": (members * (products + 90) + 60 * templates) * size,
-            "outputs": templates * ((3 * rows + 110) * size + 4 * members * batch * outputs) + (1 << 21),
+            "weights": (members * (products * batch + 90) + 60 * templates) * size,
+            "outputs": templates * of_template + (1 << 21),
         }
         read_again = members * batch * max(inputs, outputs) * problem.dtype.itemsize
         if has_blocks and size * members * batch > 0 and (batch <= 32 or read_again <= BLOCKS_READ_AGAIN):
             whole = not shared and mixes_whole_for_inputs(templates * size * problem.dtype.itemsize)
             mixing = 20 + 0.75 * templates + (40 if whole else 0)
-            costs["blocks"] = (members * (products + mixing) + 60 * templates) * size
+            costs["blocks"] = (members * (products * batch + mixing) + 60 * templates) * size
     if problem.dtype == torch.float16:
         del costs["outputs"]
     return min(costs, key=costs.__getitem__)

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
+from random import Random
 
 import torch
 from torch import Tensor
 
 from . import _dispatch
-from .ops import grouped_linear, mix_templates, mixture_linear, multihead_linear, rank1_linear
+from .ops import (
+    grouped_linear,
+    indexed_linear,
+    mix_templates,
+    mixture_linear,
+    multihead_linear,
+    ragged_linear,
+    rank1_linear,
+)
 from .ops._activations import ACTIVATIONS
 from .ops.grouped_linear import reference as _grouped
+from .ops.indexed_linear import reference as _indexed
 from .ops.mix_templates import reference as _mixing
 from .ops.mixture_linear import reference as _mixture
 from .ops.multihead_linear import reference as _multihead
+from .ops.ragged_linear import reference as _ragged
 from .ops.rank1_linear import reference as _rank1
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -161,6 +172,108 @@ class Rank1Case(LinearCase):
             "s": self.batch * self.inputs,
             "bias": rows if self.shared_bias else self.batch,
         }
+
+
+def _integers(values: list[int], layout: str) -> Tensor:
+    """As int64, or every second one of int32."""
+    if layout == "contiguous":
+        return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor([values, values], dtype=torch.int32).T.flatten()[::2]
+
+
+def _stacked_inputs(
+    case: IndexedCase | RaggedCase,
+    rows: tuple[int, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x = strided(rows, case.x_layout, generator, dtype, device)
+    weight = strided((case.members, case.outputs, case.inputs), case.weight_layout, generator, dtype, device)
+    weight.mul_(max(1, case.inputs) ** -0.5)
+    units = (case.outputs,) if case.shared_bias else (case.members, case.outputs)
+    bias = strided(units, "contiguous", generator, dtype, device) if case.bias else None
+    return x, weight, bias
+
+
+@dataclass(frozen=True)
+class IndexedCase(LinearCase):
+    """One sample call of indexed_linear, readable as a test id such as `E5-B17-I3-O64-P2-G9-relu`.
+
+    Its groups, which repeat some pairs and leave out others, are the same whenever it is called.
+    """
+
+    sources: int = 1  # P
+    groups: int = 0
+    shared_bias: bool = False
+    index_layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        parts = [super().__str__(), f"P{self.sources}", f"G{self.groups}"] + ["onebias"] * self.shared_bias
+        return "-".join(parts + ["narrow"] * (self.index_layout != "contiguous"))
+
+    def inputs_for(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Fresh random (x, weight, bias), scaled so that outputs are of order 1."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        return _stacked_inputs(self, (self.sources, self.batch, self.inputs), generator, dtype, device)
+
+    def numbers(self) -> tuple[list[int], list[int]]:
+        """Of the inputs and of the weights."""
+        draw = Random(f"{self.sources} {self.members} {self.groups}")
+        return tuple([draw.randrange(count) for _ in range(self.groups)] for count in (self.sources, self.members))
+
+    def terms(self) -> dict[str, int]:
+        of_input, of_weight = (max(map(line.count, line), default=0) for line in self.numbers())
+        bias = self.batch * (self.groups if self.shared_bias else of_weight)
+        return {"y": self.inputs, "x": self.outputs * of_input, "weight": self.batch * of_weight, "bias": bias}
+
+    def options(self) -> dict[str, str | Tensor | None]:
+        x_index, weight_index = (_integers(line, self.index_layout) for line in self.numbers())
+        return {"activation": self.activation, "x_index": x_index, "weight_index": weight_index}
+
+
+@dataclass(frozen=True)
+class RaggedCase(LinearCase):
+    """One sample call of ragged_linear, with N for B, readable as a test id such as `E5-B17-I3-O64-relu-one_member`.
+
+    Its offsets, of which some leave a member without rows, are the same whenever it is called.
+    """
+
+    one_member: bool = False  # that has all rows
+    shared_bias: bool = False
+    index_layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        parts = [super().__str__()] + ["one_member"] * self.one_member + ["onebias"] * self.shared_bias
+        return "-".join(parts + ["narrow"] * (self.index_layout != "contiguous"))
+
+    def inputs_for(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Fresh random (x, weight, bias), scaled so that outputs are of order 1."""
+        generator = torch.Generator()
+        generator.manual_seed(generator.seed() if seed is None else seed)
+        return _stacked_inputs(self, (self.batch, self.inputs), generator, dtype, device)
+
+    def ends(self) -> list[int]:
+        draw = Random(f"{self.members} {self.batch}")
+        if self.one_member:
+            first = draw.randrange(self.members)
+            return [0] * (first + 1) + [self.batch] * (self.members - first)
+        inner = sorted(draw.choice([0, draw.randint(0, self.batch)]) for _ in range(self.members - 1))
+        return [0, *inner, self.batch] if self.members else [0]
+
+    def terms(self) -> dict[str, int]:
+        ends = self.ends()
+        most = max((b - a for a, b in zip(ends, ends[1:])), default=0)
+        bias = self.batch if self.shared_bias else most
+        return {"y": self.inputs, "x": self.outputs, "weight": most, "bias": bias}
+
+    def options(self) -> dict[str, str | Tensor | None]:
+        return {"activation": self.activation, "offsets": _integers(self.ends(), self.index_layout)}
 
 
 @dataclass(frozen=True)
@@ -383,6 +496,58 @@ def _large_mixture_cases() -> Iterator[MixtureCase]:
     yield MixtureCase(3, 2, 1030, 515, x_layout="inner", weight_layout="inner")
 
 
+def _indexed_cases() -> Iterator[IndexedCase]:
+    for batch, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (33, 123, 1), (7, 64, 20), (64, 31, 37)]:
+        yield IndexedCase(3, batch, inputs, outputs, sources=2, groups=5)
+    for activation in ACTIVATIONS:
+        yield IndexedCase(4, 19, 23, 29, activation=activation, sources=3, groups=7)
+        yield IndexedCase(5, 11, 16, 33, activation=activation, groups=3, shared_bias=True)
+    yield IndexedCase(1, 13, 17, 19, groups=1)
+    yield IndexedCase(1, 13, 17, 19, sources=3, groups=4, bias=False, index_layout="narrow")
+    yield IndexedCase(37, 3, 5, 2, sources=11, groups=90, activation="relu", index_layout="narrow")
+    for layout in ("transposed", "inner", "stepped", "offset"):
+        yield IndexedCase(4, 9, 21, 18, activation="relu", x_layout=layout, sources=3, groups=6)
+        yield IndexedCase(4, 9, 21, 18, activation="tanh", weight_layout=layout, sources=3, groups=6)
+    for members, batch, inputs, outputs in [(2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0)]:
+        yield IndexedCase(members, batch, inputs, outputs, activation="relu", sources=3, groups=4)
+        yield IndexedCase(members, batch, inputs, outputs, activation="gelu", sources=3, groups=4, shared_bias=True)
+    for members, sources in [(2, 3), (0, 3), (2, 0), (0, 0)]:
+        yield IndexedCase(members, 4, 3, 2, activation="gelu", sources=sources)
+
+
+def _large_indexed_cases() -> Iterator[IndexedCase]:
+    """Beyond one cache block of every kernel in rows, inputs and outputs; too long for the Triton interpreter."""
+    yield IndexedCase(2, 300, 700, 150, activation="relu", sources=2, groups=3)
+    yield IndexedCase(3, 130, 90, 1100, activation="gelu", groups=4)
+    yield IndexedCase(9, 430, 65, 70, sources=4, groups=12, shared_bias=True)
+    yield IndexedCase(2, 260, 1030, 515, x_layout="inner", weight_layout="inner", sources=2, groups=2)
+
+
+def _ragged_cases() -> Iterator[RaggedCase]:
+    for rows, inputs, outputs in [(1, 1, 1), (1, 17, 3), (3, 1, 17), (33, 123, 1), (17, 64, 20), (64, 31, 37)]:
+        yield RaggedCase(3, rows, inputs, outputs)
+    for activation in ACTIVATIONS:
+        yield RaggedCase(4, 59, 23, 29, activation=activation)
+        yield RaggedCase(5, 31, 16, 33, activation=activation, shared_bias=True)
+    yield RaggedCase(1, 13, 17, 19)
+    yield RaggedCase(3, 23, 17, 19, bias=False, one_member=True, index_layout="narrow")
+    yield RaggedCase(37, 23, 5, 2, activation="relu", index_layout="narrow")
+    for layout in ("transposed", "inner", "stepped", "offset"):
+        yield RaggedCase(4, 29, 21, 18, activation="relu", x_layout=layout)
+        yield RaggedCase(4, 29, 21, 18, activation="tanh", weight_layout=layout)
+    for members, rows, inputs, outputs in [(0, 0, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)]:
+        yield RaggedCase(members, rows, inputs, outputs, activation="relu")
+        yield RaggedCase(members, rows, inputs, outputs, activation="gelu", shared_bias=True)
+
+
+def _large_ragged_cases() -> Iterator[RaggedCase]:
+    """Beyond one cache block of every kernel in rows, inputs and outputs; too long for the Triton interpreter."""
+    yield RaggedCase(3, 700, 700, 150, activation="relu")
+    yield RaggedCase(2, 330, 90, 1100, activation="gelu", one_member=True)
+    yield RaggedCase(9, 2430, 65, 70, shared_bias=True)
+    yield RaggedCase(2, 460, 1030, 515, x_layout="inner", weight_layout="inner")
+
+
 @dataclass(frozen=True)
 class Op:
     """Everything that the generic tests and benchmarks need to know of an op."""
@@ -395,6 +560,16 @@ class Op:
     arguments: tuple[str, ...] = ("x", "weight", "bias")
 
 
+def _on_their_device(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """With tensors among the options, which a case makes on the CPU, where the first argument is."""
+
+    def moved(x: Tensor, *tensors: Tensor | None, **options: object) -> Tensor:
+        options = {name: o.to(x.device) if isinstance(o, Tensor) else o for name, o in options.items()}
+        return call(x, *tensors, **options)
+
+    return moved
+
+
 OPS: dict[str, Op] = {
     op.name: op
     for op in (
@@ -404,6 +579,20 @@ OPS: dict[str, Op] = {
             _grouped.grouped_linear,
             tuple(_linear_cases()),
             tuple(_large_linear_cases()),
+        ),
+        Op(
+            "indexed_linear",
+            _on_their_device(indexed_linear),
+            _on_their_device(_indexed.indexed_linear),
+            tuple(_indexed_cases()),
+            tuple(_large_indexed_cases()),
+        ),
+        Op(
+            "ragged_linear",
+            _on_their_device(ragged_linear),
+            _on_their_device(_ragged.ragged_linear),
+            tuple(_ragged_cases()),
+            tuple(_large_ragged_cases()),
         ),
         Op("multihead_linear", multihead_linear, _multihead.multihead_linear, tuple(_head_cases())),
         Op(
@@ -479,6 +668,22 @@ LAYER_WORKLOADS = (
     LinearCase(5, 128, 784, 128, shared=True, activation="relu"),
     LinearCase(8, 512, 512, 512, activation="relu"),
     LinearCase(4, 1024, 1024, 1024),
+)
+
+# Levels of a tree of sampled paths, from its root downwards, and a layer that routes inputs to few of many members.
+INDEXED_WORKLOADS = (
+    IndexedCase(4, 128, 64, 64, sources=4, groups=16, activation="relu"),
+    IndexedCase(4, 128, 256, 256, sources=16, groups=32, activation="relu"),
+    IndexedCase(5, 128, 784, 128, sources=1, groups=5, activation="relu"),
+    IndexedCase(4, 512, 512, 512, sources=4, groups=12),
+    IndexedCase(32, 64, 256, 256, sources=8, groups=16),
+)
+
+RAGGED_WORKLOADS = (
+    RaggedCase(8, 1024, 64, 64),
+    RaggedCase(10, 2560, 256, 256, activation="relu"),
+    RaggedCase(64, 2048, 128, 128),
+    RaggedCase(8, 4096, 512, 512, activation="relu"),
 )
 
 

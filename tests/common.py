@@ -81,13 +81,13 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def runs(*dtypes: torch.dtype) -> list:
+def runs(*dtypes: torch.dtype, op: str = "grouped_linear") -> list:
     """(dtype, runner) for each that can; of Triton's interpreter, which is slow, the first dtype alone."""
     return [
         pytest.param(dtype, runner, id=f"{name_of(dtype)}-{runner}")
         for dtype in dtypes
         for runner in RUNNERS
-        if dtype in runner.dtypes("grouped_linear") and (dtype == dtypes[0] or not runner.interpreted)
+        if dtype in runner.dtypes(op) and (dtype == dtypes[0] or not runner.interpreted)
     ]
 
 
@@ -126,20 +126,20 @@ class Sample(NamedTuple):
     composition: Named  # PyTorch's own operations in the dtype of the inputs
 
 
-def output_shape(op: Op, inputs: Sequence[Tensor | None]) -> torch.Size:
-    return op.reference(*(None if t is None else t.to("meta") for t in inputs)).shape
+def output_shape(op: Op, inputs: Sequence[Tensor | None], options: dict) -> torch.Size:
+    return op.reference(*(None if t is None else t.to("meta") for t in inputs), **options).shape
 
 
 @lru_cache(maxsize=4)  # tests run the backends of one sample in a row
 def sample(op: str, case: Case, dtype: torch.dtype, device: str, seed: int) -> Sample:
     call = OPS[op].reference
     inputs = case.inputs_for(dtype, device, seed)
-    shape = output_shape(OPS[op], inputs)
+    shape = output_shape(OPS[op], inputs, case.options())
     generator = torch.Generator().manual_seed(seed + 1)
     grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
     wide = [None if t is None else t.double() for t in inputs]
     if case.activation == "relu":  # near its kink, rounding decides which of two derivatives is right
-        z = call(*wide)
+        z = call(*wide, **{**case.options(), "activation": None})
         if z.numel():
             near = z.abs() < 8 * torch.finfo(dtype).eps * z.abs().max()
             grad = grad.masked_fill(near, 0)

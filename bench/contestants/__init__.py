@@ -1,6 +1,17 @@
 """One file an op: how each contestant computes its workloads.  A new op adds its SUITE here."""
 
-from . import batchensemble, grouped_linear, mix_templates, mixture_conv2d, mixture_linear, models, rank1_conv2d
+from . import (
+    batchensemble,
+    grouped_linear,
+    indexed_linear,
+    layer_ensemble,
+    mix_templates,
+    mixture_conv2d,
+    mixture_linear,
+    models,
+    ragged_linear,
+    rank1_conv2d,
+)
 from .base import Contestant, NotApplicableError, Problem, Suite
 
 SUITES: dict[str, Suite] = {
@@ -8,11 +19,14 @@ SUITES: dict[str, Suite] = {
     for suite in (
         models.SUITE,
         grouped_linear.SUITE,
+        indexed_linear.SUITE,
+        ragged_linear.SUITE,
         batchensemble.SUITE,
         rank1_conv2d.SUITE,
         mix_templates.SUITE,
         mixture_linear.SUITE,
         mixture_conv2d.SUITE,
+        layer_ensemble.SUITE,
     )
 }
 

@@ -171,6 +171,7 @@ class Suite:
     products: Callable[[Any], list[Product]]
     more_workloads: tuple[Any, ...] = ()  # of the full run
     plain: Callable[[Problem], Contestant] | None = None  # the limit, where it is not matrix products alone
+    compiles: bool = True  # whether the fastest peer is compiled too: not where a graph has thousands of calls
 
     def limit(self, problem: Problem) -> Contestant:
         if self.plain is not None:

@@ -65,21 +65,32 @@ def from_function(problem: Problem, name: str, function: Callable[..., Tensor], 
     return _contestant(name, function, *_inputs(problem)[:3], **labels)
 
 
+def separate(problem: Problem, name: str, function: Callable[..., Tensor]) -> Contestant:
+    """function(x, weights, biases), as with a list of `nn.Linear`: parameters of each member are tensors of their own.
+
+    One that the function leaves out has no gradient, which counts as zero.
+    """
+    x, weight, bias, _ = _inputs(problem)
+    weights, biases = ([t.detach().clone().requires_grad_() for t in stacked] for stacked in (weight, bias))
+
+    def stacked(leaves: list[Tensor]) -> Tensor:
+        return torch.stack([torch.zeros_like(t) if t.grad is None else t.grad for t in leaves])
+
+    def gradients() -> dict[str, Tensor]:
+        found = {"x": x.grad} if x.requires_grad else {}
+        return found | {"weight": stacked(weights), "bias": stacked(biases)}
+
+    return Contestant(name, function, (x, weights, biases), [x, *weights, *biases], gradients)
+
+
 def loop(problem: Problem) -> Contestant:
-    """As with a list of `nn.Linear`: parameters of each member are tensors of their own."""
-    x, weight, bias, activation = _inputs(problem)
-    weights = [w.detach().clone().requires_grad_() for w in weight]
-    biases = [b.detach().clone().requires_grad_() for b in bias]
+    activation = ACTIVATIONS[problem.workload.activation].apply
 
     def function(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         rows = [x] * len(weights) if x.dim() == 2 else x.unbind()
         return torch.stack([activation(F.linear(*member)) for member in zip(rows, weights, biases, strict=True)])
 
-    def gradients() -> dict[str, Tensor]:
-        found = {"x": x.grad} if x.requires_grad else {}
-        return found | {"weight": torch.stack([w.grad for w in weights]), "bias": torch.stack([b.grad for b in biases])}
-
-    return Contestant(LOOP, function, (x, weights, biases), [x, *weights, *biases], gradients)
+    return separate(problem, LOOP, function)
 
 
 def vmap(problem: Problem) -> Contestant:

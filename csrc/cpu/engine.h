@@ -23,11 +23,14 @@ enum class Activation : int { none = 0, relu = 1, gelu = 2, silu = 3, tanh = 4 }
 struct Operand {
   const void* data = nullptr;
   int64_t batch = 0, reduce = 0, row = 0, col = 0;
+  // Optional, where there is one output or one summand: matrices in any order, number index[g] or index[r].
+  const int64_t* index = nullptr;
 };
 
 struct Output {
   void* data = nullptr;
   int64_t batch = 0, row = 0, col = 1;
+  const int64_t* index = nullptr;  // optional: the number of the matrix of g
 };
 
 // One factor per column or row of a matrix, next to each other in memory.

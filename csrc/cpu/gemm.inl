@@ -66,8 +66,8 @@ struct Product {
   }
 
   static void transform_operand(const Gemm& p, int64_t g, void* to, int64_t ld) {
-    const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch;
-    const T* saved = static_cast<const T*>(p.saved.data) + g * p.saved.batch;
+    const T* src = matrix(p.a, g, 0);
+    const T* saved = p.slope == Activation::none ? nullptr : matrix(p.saved, g, 0);
     C* sums = nullptr;
     if (p.row_sums) {
       sums = static_cast<C*>(scratch(slot_tile, size_t(p.m + w) * sizeof(C)));
@@ -285,18 +285,27 @@ struct Product {
   }
 
   T* output(const Output& to, int64_t i, int64_t j) const {
-    return static_cast<T*>(to.data) + g * to.batch + i * to.row + j * to.col;
+    const int64_t matrix = to.index ? to.index[g] : g;
+    return static_cast<T*>(to.data) + matrix * to.batch + i * to.row + j * to.col;
   }
 
   // ------------------------------------------------------------------------------------------------- operands
 
+  // One of g and r is 0 where there is an index.
+  static const T* matrix(const Operand& of, int64_t g, int64_t r) {
+    const int64_t elements = of.index ? of.index[g + r] * (of.batch + of.reduce) : g * of.batch + r * of.reduce;
+    return static_cast<const T*>(of.data) + elements;
+  }
+
   int64_t padded_columns() const { return ceil_div(n1 - n0, w) * w; }
 
   void prepare_b(int64_t r) {
-    const T* src = static_cast<const T*>(p.b.data) + g * p.b.batch + r * p.b.reduce + n0 * p.b.col;
+    if (depth == 0) return void(b_ld = 0);
+    const T* src = matrix(p.b, g, r) + n0 * p.b.col;
     // In place: whole vectors, no conversion, and little enough to stay in cache or too few strips for packing to pay.
     // Panels that are interleaved in memory are read slower than packed ones.
-    const bool little = depth * p.b.row * int64_t(sizeof(U)) <= 96 << 10 && (n1 - n0 <= panel_columns || by_columns(p));
+    const bool little =
+        depth * p.b.row * int64_t(sizeof(U)) <= 160 << 10 && (n1 - n0 <= panel_columns || by_columns(p));
     const bool in_place =
         same_type && per_unit<U> == 1 && p.b.col == 1 && p.b.row != 0 && (n1 - n0) % w == 0 && !p.b_scale.data;
     const bool once = p.b.batch == 0 && p.b.reduce == 0;  // packed for all g or r
@@ -309,7 +318,7 @@ struct Product {
     packed_from = src, packed_n0 = n0;
     const T* scale = static_cast<const T*>(p.b_scale.data);
     if (scale) scale += g * p.b_scale.batch + r * p.b_scale.reduce + n0;
-    for (int64_t kb = 0; depth > 0 && kb < k_blocks; ++kb) {
+    for (int64_t kb = 0; kb < k_blocks; ++kb) {
       U* dst = packed + kb * k_step * padded_columns();
       const T* from = src + kb * k_step * per_unit<U> * p.b.row;
       const int64_t have = ceil_div(block_elements(kb), per_unit<U>), want = block_units(kb);
@@ -333,10 +342,8 @@ struct Product {
   Strip<U> prepare_a(int64_t r, int64_t kb, int64_t i, int64_t rows, C* sum) {
     if (depth == 0) return {strip, 1, 1, true};
     const int64_t k0 = kb * k_step * per_unit<U>, k = block_elements(kb);
-    const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + i * p.a.row + k0 * p.a.col;
-    const T* saved = p.slope == Activation::none ? nullptr
-                                                 : static_cast<const T*>(p.saved.data) + g * p.saved.batch +
-                                                       r * p.saved.reduce + i * p.saved.row + k0 * p.saved.col;
+    const T* src = matrix(p.a, g, r) + i * p.a.row + k0 * p.a.col;
+    const T* saved = p.slope == Activation::none ? nullptr : matrix(p.saved, g, r) + i * p.saved.row + k0 * p.saved.col;
     const T* scale = a_scale(r, k0);
     const bool by_rows = !by_columns(p);
     if constexpr (per_unit<U> == 1) {
@@ -366,7 +373,8 @@ struct Product {
 
   // The next strip's rows on their way while this one is multiplied: they are too short for the hardware to notice.
   void prefetch_rows(int64_t r, int64_t i, int64_t rows) const {
-    const T* from = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + i * p.a.row;
+    if (depth == 0) return;
+    const T* from = matrix(p.a, g, r) + i * p.a.row;
     for (int64_t l = 0; l < rows; ++l)
       for (int64_t j = 0; j < depth; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + l * p.a.row + j, 0, 2);
   }
@@ -382,14 +390,14 @@ struct Product {
   // once.
   void pack_a(int64_t r, int64_t kb, C* sum) {
     const int64_t k0 = kb * k_step, k = block_elements(kb);
-    const T* src = static_cast<const T*>(p.a.data) + g * p.a.batch + r * p.a.reduce + m0;
-    const T* saved = static_cast<const T*>(p.saved.data) + g * p.saved.batch + r * p.saved.reduce + m0 * p.saved.row;
+    const T* src = matrix(p.a, g, r) + m0;
+    const T* saved = p.slope == Activation::none ? nullptr : matrix(p.saved, g, r) + m0 * p.saved.row;
     const int64_t chunk = ways(32, p.a.col) <= 8 ? 32 : 8;
     for (int64_t u = 0; u < k; u += chunk) {
       const int64_t steps = min<int64_t>(chunk, k - u), at = k0 + u;
       each_strip([&](int64_t i, int64_t rows) {
         const T* from = src + (i - m0) + at * p.a.col;
-        const T* s = p.slope == Activation::none ? nullptr : saved + (i - m0) * p.saved.row + at * p.saved.col;
+        const T* s = saved ? saved + (i - m0) * p.saved.row + at * p.saved.col : nullptr;
         read(from, s, false, rows, steps, strip + (i - m0) * k + u * rows, rows, sum ? sum + (i - m0) : nullptr,
              a_scale(r, at));
       });

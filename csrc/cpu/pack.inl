@@ -188,14 +188,22 @@ static void transform(Activation slope, const T* src, Rest... rest) {
 }
 
 // dst[i][j] = src(i, j) as [rows, cols] of 32-bit words, where source columns (i) are contiguous: 16 x 16 transposes.
-// `word` loads up to w words of source row j starting at i.
+// `word` loads up to w words of source row j starting at i.  `source`, if given, has those words in memory, its rows
+// `stride` bytes apart.
 template <class Word>
-EFFENS_INLINE void transpose_words(Word word, int64_t rows, int64_t cols, uint32_t* dst, int64_t ld) {
+EFFENS_INLINE void transpose_words(Word word, int64_t rows, int64_t cols, uint32_t* dst, int64_t ld,
+                                   [[maybe_unused]] const void* source = nullptr, [[maybe_unused]] int64_t stride = 0) {
   constexpr int w = lanes<uint32_t>;
-  for (int64_t i = 0; i < rows; i += w) {
-    const int64_t ni = min<int64_t>(w, rows - i);
-    for (int64_t j = 0; j < cols; j += w) {
-      const int64_t nj = min<int64_t>(w, cols - j);
+  for (int64_t j = 0; j < cols; j += w) {
+    const int64_t nj = min<int64_t>(w, cols - j);
+    for (int64_t i = 0; i < rows; i += w) {
+      const int64_t ni = min<int64_t>(w, rows - i);
+#if EFFENS_VECTOR_BYTES == 64
+      if (source && ni == w && nj == w) {
+        transpose_block(static_cast<const char*>(source) + j * stride + i * 4, stride, dst + i * ld + j, ld);
+        continue;
+      }
+#endif
       vec_u32 block[w];
       for (int l = 0; l < w; ++l) block[l] = l < nj ? word(i, j + l, ni) : vec_u32{};
       transpose(block);
@@ -241,7 +249,6 @@ EFFENS_INLINE vec_u32 words(const T* p, int64_t elements) {
 
 template <class U, class T>
 static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t cols, U* dst, int64_t width) {
-  constexpr int64_t ahead = 128 / sizeof(T);  // where columns are transposed: too many streams for the hardware
   if constexpr (per_unit<U> == 2) {
     const int64_t units = ceil_div(k, 2);
     if (col == 1) {
@@ -263,12 +270,11 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
           __builtin_memcpy(dst + u * width + j, &v, sizeof(v));
         }
     } else if (row == 1) {
-      auto word = [&](int64_t u, int64_t j, int64_t) __attribute__((always_inline)) {
-        __builtin_prefetch(b + j * col + 2 * u + ahead);
-        return words(b + j * col + 2 * u, k - 2 * u);
-      };
+      auto word = [&](int64_t u, int64_t j, int64_t)
+                      __attribute__((always_inline)) { return words(b + j * col + 2 * u, k - 2 * u); };
       if (cols < width) __builtin_memset(dst, 0, size_t(units * width) * sizeof(U));
-      transpose_words(word, units, cols, dst, width);
+      const void* source = k % 2 == 0 ? b : nullptr;
+      transpose_words(word, units, cols, dst, width, source, col * int64_t(sizeof(T)));
     } else {
       for (int64_t u = 0; u < units; ++u)
         for (int64_t j = 0; j < width; ++j) {
@@ -282,12 +288,11 @@ static void pack_panel(const T* b, int64_t row, int64_t col, int64_t k, int64_t 
     }
   } else {
     if (row == 1 && sizeof(U) == 4) {
-      auto word = [&](int64_t i, int64_t j, int64_t n) __attribute__((always_inline)) {
-        __builtin_prefetch(b + j * col + i + ahead);
-        return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n)));
-      };
+      auto word = [&](int64_t i, int64_t j, int64_t n)
+                      __attribute__((always_inline)) { return bit_cast<vec_u32>(load(b + j * col + i, Some<U>(n))); };
       if (cols < width) __builtin_memset(dst, 0, size_t(k * width) * sizeof(U));
-      transpose_words(word, k, cols, reinterpret_cast<uint32_t*>(dst), width);
+      const void* source = sizeof(T) == 4 ? b : nullptr;
+      transpose_words(word, k, cols, reinterpret_cast<uint32_t*>(dst), width, source, col * int64_t(sizeof(T)));
     } else {
       by_vectors<U>(cols, [&](int64_t j, auto some) __attribute__((always_inline)) {
         if (col == 1)

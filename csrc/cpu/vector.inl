@@ -275,6 +275,35 @@ EFFENS_INLINE void transpose(vec_u32 (&rows)[lanes<uint32_t>]) {
   }
 }
 
+#if EFFENS_VECTOR_BYTES == 64
+// dst[j * ld + i] = word j of row i, for 16 words of 16 rows that are `stride` bytes apart.  Four rows of four words meet
+// in a register as they are loaded, which leaves two stages of shuffles where the rows' own registers take four.
+EFFENS_INLINE void transpose_block(const char* row, int64_t stride, uint32_t* dst, int64_t ld) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 16; j += 4) {
+    __m512 four[4];  // words j to j + 3 of rows i, i + 4, i + 8, i + 12
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      auto word = [&](int l) __attribute__((always_inline)) {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(row + (i + 4 * l) * stride) + j);
+      };
+      four[i] = _mm512_castps128_ps512(word(0));
+      four[i] = _mm512_insertf32x4(four[i], word(1), 1);
+      four[i] = _mm512_insertf32x4(four[i], word(2), 2);
+      four[i] = _mm512_insertf32x4(four[i], word(3), 3);
+    }
+    const __m512d a = bit_cast<__m512d>(_mm512_unpacklo_ps(four[0], four[1]));
+    const __m512d b = bit_cast<__m512d>(_mm512_unpacklo_ps(four[2], four[3]));
+    const __m512d c = bit_cast<__m512d>(_mm512_unpackhi_ps(four[0], four[1]));
+    const __m512d d = bit_cast<__m512d>(_mm512_unpackhi_ps(four[2], four[3]));
+    _mm512_storeu_pd(dst + j * ld, _mm512_unpacklo_pd(a, b));
+    _mm512_storeu_pd(dst + (j + 1) * ld, _mm512_unpackhi_pd(a, b));
+    _mm512_storeu_pd(dst + (j + 2) * ld, _mm512_unpacklo_pd(c, d));
+    _mm512_storeu_pd(dst + (j + 3) * ld, _mm512_unpackhi_pd(c, d));
+  }
+}
+#endif
+
 // -------------------------------------------------------------------------------------------- elementary functions
 // Polynomials fitted to the exact functions (weighted minimax, 40 digits); errors are of float's last bit or two.
 

@@ -61,6 +61,8 @@ template <class T>
 struct Array {
   Layout layout;
   T* data = nullptr;
+  const int64_t* index = nullptr;  // of g, or of r
+  bool of_summands = false;
 
   void place(Room& room, const Layout& to, bool at_end) {
     layout = to;
@@ -68,15 +70,38 @@ struct Array {
     clear();
   }
   void clear() { std::fill(data, data + layout.extent, poison<T>()); }
-  T& operator()(int64_t g, int64_t r, int64_t i, int64_t j) const { return data[layout.at(g, r, i, j)]; }
-  cpu::Operand operand() const { return {data + layout.first, layout.batch, layout.reduce, layout.row, layout.col}; }
+  T& operator()(int64_t g, int64_t r, int64_t i, int64_t j) const {
+    if (index) (of_summands ? r : g) = index[g + r];
+    return data[layout.at(g, r, i, j)];
+  }
+  cpu::Operand operand() const {
+    const int64_t batch = index && of_summands ? 0 : layout.batch, reduce = index && !of_summands ? 0 : layout.reduce;
+    return {data + layout.first, batch, reduce, layout.row, layout.col, index};
+  }
   cpu::Scale scale() const { return {data, layout.batch, layout.reduce}; }
-  cpu::Output output() const { return {data + layout.first, layout.batch, layout.row, layout.col}; }
+  cpu::Output output() const { return {data + layout.first, layout.batch, layout.row, layout.col, index}; }
 };
 
 struct Rooms {
-  Room a, b, saved, kept, c, z, bias, sums, a_scale, b_scale, c_scale;
+  Room a, b, saved, kept, c, z, bias, sums, a_scale, b_scale, c_scale, a_index, b_index, c_index;
 };
+
+// Numbers of matrices, some twice and some not at all; beyond the last, memory is forbidden.
+const int64_t* numbers(Room& room, Random& random, int64_t count) {
+  int64_t* to = room.place<int64_t>(count, true);
+  for (int64_t i = 0; i < count; ++i) to[i] = random.below(count);
+  return to;
+}
+
+// Each of them once.
+const int64_t* order(Room& room, Random& random, int64_t count) {
+  int64_t* to = room.place<int64_t>(count, true);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = random.below(i + 1);
+    to[i] = to[at], to[at] = i;
+  }
+  return to;
+}
 
 struct Sizes {
   int64_t batches, reduces, m, n, k;
@@ -107,9 +132,15 @@ struct Problem {
     };
     choose(rooms.a, a, s.reduces, s.m, s.k, false);
     choose(rooms.b, b, s.reduces, s.k, s.n, false);
+    if ((s.batches == 1 || s.reduces == 1) && random.chance(40)) {
+      a.index = numbers(rooms.a_index, random, s.batches * s.reduces);
+      b.index = numbers(rooms.b_index, random, s.batches * s.reduces);
+    }
+    a.of_summands = b.of_summands = s.batches == 1;
     gemm.a = a.operand(), gemm.b = b.operand();
     if (gemm.slope != Activation::none) {
       choose(rooms.saved, saved, s.reduces, s.m, s.k, false);
+      saved.index = a.index, saved.of_summands = a.of_summands;
       gemm.saved = saved.operand();
     }
     if (random.chance(50)) {
@@ -123,18 +154,21 @@ struct Problem {
       gemm.bias = bias.data, gemm.bias_batch = l.batch;
     }
     choose(rooms.c, c, 1, s.m, s.n, true);
+    if (random.chance(30)) c.index = order(rooms.c_index, random, s.batches);
     gemm.c = c.output();
     const bool plain = random.chance(40);  // the ways of the backward pass
     if (plain) gemm.activation = Activation::none;
     if (plain && random.chance(50)) {
       gemm.c_slope = functions[1 + random.below(exact ? 1 : 4)];
       choose(rooms.kept, kept, 1, s.m, s.n, false);
+      kept.index = c.index;
       gemm.kept = kept.output();
     } else if (plain && !bias.data && c.layout.col == 1 && sizeof(T) >= 4) {
       gemm.accumulate = true;
     }
     if (!gemm.accumulate && random.chance(30)) {
       choose(rooms.z, z, 1, s.m, s.n, true);
+      z.index = c.index;
       gemm.preactivation = z.output();
     }
     if (random.chance(s.n == 0 ? 80 : 40)) {
@@ -171,11 +205,12 @@ struct Problem {
   void describe(const Engine& engine, const char* what) const {
     std::snprintf(current, sizeof(current),
                   "%s %s %s: g=%ld r=%ld m=%ld n=%ld k=%ld, A in %s, B in %s, saved in %s, C in %s, activation %d, "
-                  "slope %d, of C %d%s%s%s%s%s%s%s",
+                  "slope %d, of C %d%s%s%s%s%s%s%s%s%s",
                   engine.name, std::to_string(int(gemm.dtype)).c_str(), what, long(s.batches), long(s.reduces),
                   long(s.m), long(s.n), long(s.k), a.layout.name, b.layout.name, saved.layout.name, c.layout.name,
                   int(gemm.activation), int(gemm.slope), int(gemm.c_slope), gemm.accumulate ? ", added" : "",
                   bias.data ? ", bias" : "", z.data ? ", preactivation" : "", sums.data ? ", row sums" : "",
+                  a.index ? ", A and B by number" : "", c.index ? ", C by number" : "",
                   a_scale.data ? ", A scaled" : "", b_scale.data ? ", B scaled" : "", c_scale.data ? ", C scaled" : "");
   }
 

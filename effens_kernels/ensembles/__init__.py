@@ -1,7 +1,11 @@
-"""Whole models: a plain model becomes an ensemble.  One file a method, each an entry of the table in convert.py."""
+"""Whole models: a plain model becomes an ensemble.  One file a method, each an entry of the table in convert.py.
+
+And which members of an ensemble to run: ranking.py.
+"""
 
 from ._ensemble import Ensemble
 from .convert import convert
 from .mixture import MixtureEnsemble
+from .ranking import PathRanking, gaussian_kl, rank_paths
 
-__all__ = ["Ensemble", "MixtureEnsemble", "convert"]
+__all__ = ["Ensemble", "MixtureEnsemble", "PathRanking", "convert", "gaussian_kl", "rank_paths"]

@@ -3,6 +3,7 @@
 from .bank import TemplateBank
 from .batchensemble import BatchEnsembleConv2d, BatchEnsembleLinear
 from .batchensemble_mlp import BatchEnsembleMLP
+from .layer_ensemble import LayerEnsemble
 from .linear import EnsembleLinear, MultiHeadLinear
 from .mixture import MixtureConv2d, MixtureLinear
 from .mlp import EnsembleMLP
@@ -17,6 +18,7 @@ __all__ = [
     "EnsembleLayerNorm",
     "EnsembleLinear",
     "EnsembleMLP",
+    "LayerEnsemble",
     "MixtureConv2d",
     "MixtureLinear",
     "MultiHeadLinear",

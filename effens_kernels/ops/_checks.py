@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from ._activations import ACTIVATIONS
 
@@ -58,3 +59,47 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
+
+
+def check_index(op: str, argument: str, value: object, x: Tensor) -> None:
+    """A vector of integers on x's device; of its values, see below."""
+    if not isinstance(value, Tensor):
+        reject(op, argument, "a torch.Tensor", value, TypeError)
+    if value.dtype not in (torch.int32, torch.int64):
+        reject(op, argument, "an int32 or int64 tensor", value, TypeError)
+    if value.layout is not torch.strided:
+        reject(op, argument, "a dense (strided) tensor", f"layout {value.layout}", TypeError)
+    if value.dim() != 1:
+        reject(op, argument, "of one dimension", value)
+    if value.device != x.device:
+        reject(op, argument, f"on {x.device} like x", describe(value))
+
+
+def has_values(index: Tensor) -> bool:
+    """Whether Python may look at them: on a GPU it would wait, and a tracer has none."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return index.is_cpu and type(index) is Tensor and not _functorch.is_functorch_wrapped_tensor(index)
+
+
+def check_range(op: str, argument: str, index: Tensor, size: int, of: str) -> None:
+    """Values in 0 .. size - 1, where they can be seen; else the kernels see to it."""
+    if not has_values(index):
+        return
+    for position in ((index < 0) | (index >= size)).nonzero()[:1, 0].tolist():
+        expected = f"in 0..{size - 1}, of {of}" if size else f"empty, as there is none of {of}"
+        reject(op, argument, expected, f"{int(index[position])} at position {position}")
+
+
+def check_offsets(op: str, offsets: Tensor, rows: int) -> None:
+    """From 0 to `rows`, never decreasing, where values can be seen."""
+    if not has_values(offsets):
+        return
+    values = offsets.tolist()
+    if values[0] != 0:
+        reject(op, "offsets", "0 at position 0", str(values[0]))
+    for position, (before, value) in enumerate(zip(values, values[1:]), 1):
+        if value < before:
+            reject(op, "offsets", f"at least {before} at position {position}, as before it", str(value))
+    if values[-1] != rows:
+        reject(op, "offsets", f"N={rows} at position {len(values) - 1}, the last", str(values[-1]))

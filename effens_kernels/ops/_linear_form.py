@@ -10,6 +10,12 @@ Each backend's module has
 where bias is [E, O] or None, `saved` is what a' is a function of (see `_activations`): y, z, or an empty tensor, and an
 empty tensor stands in place of what is not needed.  As F is linear in each factor, second derivatives are again fwd
 and bwd, with one factor replaced at a time.
+
+fwd may return more tensors than y and z: what bwd would have to compute again.  Eager calls keep them, and give them to
+bwd as its last arguments; without them it computes.
+
+Where integers say which matrices meet (`indexed_linear`, `ragged_linear`), these `indices` follow the factors in both,
+and have no gradient.  The factors are then x and weight, both with I last, and weight [E, O, I] says what E is.
 """
 
 from __future__ import annotations
@@ -28,18 +34,24 @@ _MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton"}  # of an op's f
 
 
 class LinearForm:
-    """`factors` are the names of F's arguments, the first of them x; `result` gives the shape of y from them."""
+    """`factors` are the names of F's arguments, the first of them x; `result` gives the shape of y from the operands.
 
-    def __init__(self, name: str, factors: tuple[str, ...], result: Callable[..., tuple[int, int, int]]) -> None:
-        self.name, self.factors, self.result = name, factors, result
+    Operands are the factors and then the indices.
+    """
+
+    def __init__(
+        self, name: str, factors: tuple[str, ...], result: Callable[..., tuple[int, ...]], indices: tuple[str, ...] = ()
+    ) -> None:
+        self.name, self.factors, self.indices, self.result = name, factors, indices, result
+        self.operand_count = len(factors) + len(indices)
         self._kernels: dict[str, ModuleType] = {}
-        tensors = ", ".join(f"Tensor {factor}" for factor in factors)
+        tensors = ", ".join(f"Tensor {operand}" for operand in (*factors, *indices))
         needs = ", ".join(f"bool need_{factor}" for factor in (*factors, "bias"))
         grads = ", ".join(f"Tensor grad_{factor}" for factor in (*factors, "bias"))
         self.fwd_op = register(
             f"{name}_fwd({tensors}, Tensor? bias, str? activation, bool save_preactivation, str backend) -> "
             "(Tensor y, Tensor z)",
-            lambda *arguments: self.kernels(arguments[-1]).fwd(*arguments[:-1]),
+            lambda *arguments: self.kernels(arguments[-1]).fwd(*arguments[:-1])[:2],
             self._fake_fwd,
         )
         self.bwd_op = register(
@@ -76,63 +88,63 @@ class LinearForm:
     # ---------------------------------------------------------------------------------------------- shape rules
 
     def _fake_fwd(self, *arguments):
-        *factors, _, _, save_preactivation, _ = arguments
-        shape = self.result(*factors)
-        return factors[0].new_empty(shape), factors[0].new_empty(shape if save_preactivation else 0)
+        *operands, _, _, save_preactivation, _ = arguments
+        shape = self.result(*operands)
+        return operands[0].new_empty(shape), operands[0].new_empty(shape if save_preactivation else 0)
 
     def _fake_bwd(self, grad, *arguments):
-        count = len(self.factors)
-        factors, need = arguments[:count], arguments[count + 2 : -1]
-        x = factors[0]
-        members, _, outputs = self.result(*factors)
-        grads = torch.empty_like(x), *(f.new_empty(f.shape) for f in factors[1:]), x.new_empty((members, outputs))
+        operands, need = arguments[: self.operand_count], arguments[self.operand_count + 2 : -1]
+        x, *factors = operands[: len(self.factors)]
+        members, *_, outputs = factors[0].shape[:2] if self.indices else self.result(*operands)
+        grads = torch.empty_like(x), *(f.new_empty(f.shape) for f in factors), x.new_empty((members, outputs))
         return tuple(g if n else _empty(x) for g, n in zip(grads, need))
 
     # ---------------------------------------------------------------------------------------------- derivatives
 
-    def derivative(self, ctx, grad_y, grad_z, factors, saved, need):
-        """Gradients of the factors and the bias; ctx has `activation` and `backend`.
+    def derivative(self, ctx, grad_y, grad_z, operands, saved, need):
+        """Gradients of the operands, which indices have none of, and the bias; ctx has `activation` and `backend`.
 
         grad_z arrives only in second derivatives, where bwd_op was a function of z.
         """
+        count = len(self.factors)
+        need = *need[:count], need[-1]
         grads = (None,) * len(need)
         for grad, activation, extra in ((grad_y, ctx.activation, saved), (grad_z, None, ())):
             if grad is None:
                 continue
-            arguments = (grad, *factors, *(extra or (_empty(factors[0]),)), activation, *need)
-            if torch.is_grad_enabled() or not is_plain_eager(grad, *factors):  # the op that records its own derivative
+            arguments = (grad, *operands, *(extra or (_empty(operands[0]),)), activation, *need)
+            if torch.is_grad_enabled() or not is_plain_eager(grad, *operands):  # the op that records its own derivative
                 more = self.bwd_op(*arguments, ctx.backend)
             else:
                 more = self.kernels(ctx.backend).bwd(*arguments)
             grads = tuple((m if g is None else g + m) if n else None for g, m, n in zip(grads, more, need))
-        return grads
+        return *grads[:count], *((None,) * len(self.indices)), grads[-1]
 
     def _fwd_setup(self, ctx, inputs, output):
-        *factors, bias, ctx.activation, save_preactivation, ctx.backend = inputs
+        *operands, bias, ctx.activation, save_preactivation, ctx.backend = inputs
         ctx.recompute = saves_preactivation(ctx.activation) and not save_preactivation
-        ctx.save_for_backward(*factors, *((bias,) if ctx.recompute else _saved(ctx.activation, *output)))
+        ctx.save_for_backward(*operands, *((bias,) if ctx.recompute else _saved(ctx.activation, *output)))
         ctx.set_materialize_grads(False)
 
     def _fwd_derivative(self, ctx, grad_y, grad_z):
-        count = len(self.factors)
-        factors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        operands, saved = ctx.saved_tensors[: self.operand_count], ctx.saved_tensors[self.operand_count :]
         if ctx.recompute:
-            saved = [self.fwd_op(*factors, *saved, None, False, ctx.backend)[0]]
+            saved = [self.fwd_op(*operands, *saved, None, False, ctx.backend)[0]]
         if grad_z is not None and grad_z.numel() == 0:
             grad_z = None
-        need = ctx.needs_input_grad[: count + 1]
-        return *self.derivative(ctx, grad_y, grad_z, factors, saved, need), None, None, None
+        need = ctx.needs_input_grad[: self.operand_count + 1]
+        return *self.derivative(ctx, grad_y, grad_z, operands, saved, need), None, None, None
 
     def _bwd_setup(self, ctx, inputs, output):
-        count = len(self.factors)
-        ctx.save_for_backward(*inputs[: count + 2])
-        ctx.activation, *ctx.need, ctx.backend = inputs[count + 2 :]
+        ctx.save_for_backward(*inputs[: self.operand_count + 2])
+        ctx.activation, *ctx.need, ctx.backend = inputs[self.operand_count + 2 :]
         ctx.set_materialize_grads(False)
 
     def _bwd_derivative(self, ctx, *directions):
         """Of L2 = sum of directions . gradients, which is g . v with v = dF(directions) + direction of the bias."""
         count = len(self.factors)
-        grad, *factors, saved = ctx.saved_tensors
+        grad, *operands, saved = ctx.saved_tensors
+        factors, indices = operands[:count], operands[count:]
         *directions, dbias = (d if n else None for d, n in zip(directions, ctx.need))
         need_factors = ctx.needs_input_grad[1 : count + 1]
         activation = ACTIVATIONS[ctx.activation]
@@ -143,19 +155,26 @@ class LinearForm:
         for i, direction in enumerate(directions):
             if direction is None:
                 continue
-            moved = (*factors[:i], direction, *factors[i + 1 :])
+            moved = (*factors[:i], direction, *factors[i + 1 :], *indices)
             terms.append(self.fwd_op(*moved, None if terms else dbias, None, False, ctx.backend)[0])
             need = [n and j != i for j, n in enumerate(need_factors)]
             if any(need):
                 more = self.bwd_op(g, *moved, _empty(grad), None, *need, False, ctx.backend)
                 grads = [(m if h is None else h + m) if n else h for h, m, n in zip(grads, more, need)]
         if not terms and dbias is not None:
-            terms.append(dbias[:, None, :].expand_as(grad))
+            terms.append(self._spread(dbias, factors, indices, grad, ctx.backend))
         if not terms:
-            return (None,) * (2 * count + 5)
+            return (None,) * (count + self.operand_count + 5)
         v = sum(terms[1:], terms[0])
         grad_saved = None if slope is None else v * grad * activation.curvature(saved)
-        return v if slope is None else v * slope, *grads, grad_saved, *((None,) * (count + 3))
+        nothing = (None,) * len(indices)
+        return v if slope is None else v * slope, *grads, *nothing, grad_saved, *((None,) * (count + 3))
+
+    def _spread(self, bias, factors, indices, y, backend):
+        """The bias alone, over all of y: where indices say where it goes, what F makes of no inputs."""
+        if not indices:
+            return bias[:, None, :].expand_as(y)
+        return self.fwd_op(*(f[..., :0] for f in factors), *indices, bias, None, False, backend)[0]
 
 
 def _eager_function(form: LinearForm) -> type[torch.autograd.Function]:
@@ -163,27 +182,32 @@ def _eager_function(form: LinearForm) -> type[torch.autograd.Function]:
 
     Where the derivative needs z, z is a second output, so that second derivatives see what it depends on.
     """
-    count = len(form.factors)
+    count, operand_count = len(form.factors), form.operand_count
+    no_index = (None,) * len(form.indices)
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, backend, activation, *tensors):
             save_preactivation = saves_preactivation(activation)
-            y, z = form.kernels(backend).fwd(*tensors, activation, save_preactivation)
-            ctx.save_for_backward(*tensors[:count], *_saved(activation, y, z))
+            y, z, *more = form.kernels(backend).fwd(*tensors, activation, save_preactivation)
+            ctx.save_for_backward(*tensors[:operand_count], *more, *_saved(activation, y, z))
             ctx.set_materialize_grads(False)
-            ctx.activation, ctx.backend = activation, backend
+            ctx.activation, ctx.backend, ctx.more = activation, backend, len(more)
             return (y, z) if save_preactivation else y
 
         @staticmethod
         def backward(ctx, grad_y, grad_z=None):
             tensors = ctx.saved_tensors
+            end = operand_count + ctx.more
+            operands, more, saved = tensors[:operand_count], tensors[operand_count:end], tensors[end:]
             need = ctx.needs_input_grad[2:]
             if grad_z is None and grad_y is not None and not torch.is_grad_enabled() and is_plain_eager(grad_y):
-                saved = () if len(tensors) > count else tensors[:1]  # where nothing is saved, `saved` is not read
-                grads = form.kernels(ctx.backend).bwd(grad_y, *tensors, *saved, ctx.activation, *need)
-                return None, None, *[g if n else None for g, n in zip(grads, need)]
-            return None, None, *form.derivative(ctx, grad_y, grad_z, tensors[:count], tensors[count:], need)
+                saved = saved or tensors[:1]  # where nothing is saved, `saved` is not read
+                need = *need[:count], need[-1]
+                grads = form.kernels(ctx.backend).bwd(grad_y, *operands, *saved, ctx.activation, *need, *more)
+                grads = [g if n else None for g, n in zip(grads, need)]
+                return None, None, *grads[:count], *no_index, grads[-1]
+            return None, None, *form.derivative(ctx, grad_y, grad_z, operands, saved, need)
 
     Function.__name__ = Function.__qualname__ = "".join(part.title() for part in form.name.split("_"))
     return Function

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from .. import _dispatch, _env
 
 LIBRARY = torch.library.Library("effens_kernels", "DEF")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def register(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
@@ -74,10 +74,7 @@ def is_plain_eager(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for t in tensors:
-        if t is not None and type(t) not in _PLAIN_TYPES:
-            return False
-    return not tensors[0].is_meta
+    return _PLAIN_TYPES.issuperset(map(type, tensors)) and not tensors[0].is_meta
 
 
 def takes_cpu_engine(op: str, requested: str | None, x: Tensor, *others: Tensor | None) -> bool:

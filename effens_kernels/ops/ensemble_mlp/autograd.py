@@ -36,9 +36,10 @@ def apply_plain(
         if trunk < len(weights):  # members part from one row of hidden values
             h = apply_plain(x, weights[:trunk], biases[:trunk], activation, activation, backend)
             return apply_plain(h.squeeze(0), weights[trunk:], biases[trunk:], activation, out_activation, backend)
-    widths = [x.shape[-1], *(weight.shape[1] for weight in weights)]
-    if backend == "cuda" and not _dispatch.takes_mlp(widths, x.dtype, x.device):
-        return chain(x, weights, biases, activation, out_activation, backend)
+    if backend == "cuda":
+        widths = [x.shape[-1], *(weight.shape[1] for weight in weights)]
+        if not _dispatch.takes_mlp(widths, x.dtype, x.device):
+            return chain(x, weights, biases, activation, out_activation, backend)
     if torch.is_grad_enabled():
         trained = [p.requires_grad for p in (*weights, *biases) if p is not None]
         if all(trained):

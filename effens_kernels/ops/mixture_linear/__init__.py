@@ -43,8 +43,8 @@ def mixture_linear(
 
     All tensors share one dtype (float32, float16, bfloat16, float64) and one device.  Any strides are accepted.  As in
     torch, `B = 0` and `E = 0` give empty results, and `I = 0` gives `act(bias)`.  Differentiable any number of times in
-    all tensors; kept for backward: `x`, `coefficients`, `templates`, and one `[E, B, O]` tensor where the activation
-    needs it.
+    all tensors; kept for backward: `x`, `coefficients`, `templates`, one `[E, B, O]` tensor where the activation needs
+    it, and one `[T, B, O]` where shared rows go through the templates and their outputs are mixed.
 
     Raises:
         TypeError: an argument is no tensor, or of an unsupported or differing dtype.

@@ -4,8 +4,9 @@
 
     h_t = sum_e alpha_et g_e,    dT_t = h_t^T x,    dx = sum_t h_t T_t,    dalpha_et = <g_e, u_t>
 
-No weight of a member is ever made.  Rows that all members share are B, whatever E is; rows per member are E*B, and each
-member takes its own of u.  u is computed again for backward.
+No weight of a member is ever made.  Rows that all members share are B, whatever E is, and u, T*B*O numbers, is worth
+keeping for dalpha.  Rows per member are E*B, and each member takes its own of u, which is computed again for backward:
+it is T times as large as y.
 """
 
 from __future__ import annotations
@@ -36,18 +37,30 @@ def over(mixing: ModuleType, linear: ModuleType) -> tuple[Callable, Callable]:
         z = z.view(coefficients.shape[0], x.shape[-2], templates.shape[1])
         if bias is not None:
             z += bias[:, None, :]
-        return ACTIVATIONS[activation].apply(z), z if save_preactivation else x.new_empty(0)
+        kept = (u,) if x.dim() == 2 else ()
+        return ACTIVATIONS[activation].apply(z), z if save_preactivation else x.new_empty(0), *kept
 
-    def bwd(grad, x, coefficients, templates, saved, activation, *need):
-        need_x, need_coefficients, need_templates, need_bias = need
+    def bwd(
+        grad,
+        x,
+        coefficients,
+        templates,
+        saved,
+        activation,
+        need_x,
+        need_coefficients,
+        need_templates,
+        need_bias,
+        u=None,
+    ):
         g = grad if activation is None else grad * ACTIVATIONS[activation].slope(saved)
-        dx, dcoefficients, dtemplates, db = (x.new_empty(0) for _ in need)
+        dx, dcoefficients, dtemplates, db = (x.new_empty(0) for _ in range(4))
         through = need_x or need_templates
         flat = g.reshape(g.shape[0], g.shape[1] * g.shape[2])
-        if need_coefficients:
-            u = through_templates(x, templates)
-        else:  # not read
+        if not need_coefficients:  # then u is not read
             u = g.new_empty(()).expand(templates.shape[0], flat.shape[1])
+        elif u is None:
+            u = through_templates(x, templates)
         if x.dim() == 2:
             dcoefficients, h = mixing.bwd(flat, coefficients, u, need_coefficients, through)
         else:
