@@ -54,10 +54,11 @@ gpu-report:  ## on a machine with a GPU: build, test, check and measure, in part
 	@python=$(GPU_PYTHON); if [ "$$python" = "$(PY)" ]; then $(MAKE) build || exit; fi; \
 	  echo "== $$python -m bench.gpu $(GPU_REPORT_ARGS)"; $$python -m bench.gpu $(GPU_REPORT_ARGS)
 
-demo: $(STAMPS)/build  ## train the ensembles of the example on real data
+demo: $(STAMPS)/build  ## train the ensembles of the examples
 	$(PY) examples/forum_ensembles.py $(DEMO_ARGS)
 	$(PY) examples/batchensemble_mlp.py $(BATCHENSEMBLE_ARGS)
 	$(PY) examples/layer_ensembles.py $(LAYER_ENSEMBLE_ARGS)
+	$(PY) examples/rl_critics.py $(RL_ARGS)
 
 lint: $(STAMPS)/requirements  ## ruff and clang-format, changing nothing
 	$(PY) -m ruff check .

@@ -20,17 +20,11 @@ import torch
 import torch.nn.functional as F
 from batchensemble_models import BatchEnsemble, BroadcastBatchEnsemble, LoopEnsemble, StackedEnsemble
 from image_data import Images, load
-from rich import box
-from rich.console import Console
+from printing import console, new_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 import effens_kernels as ek
-
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=110)
 
 # As printed by the tutorial, on CIFAR-10 and a CPU that it does not name: name, seconds in all, accuracy of a member.
 TUTORIAL = (("members, one after the other", "about 3,500", 0.5196), ("BatchEnsemble", "457", 0.5126))
@@ -92,7 +86,8 @@ def trainees_for(data: Images, args: argparse.Namespace) -> list[Trainee]:
     loop, stacked = LoopEnsemble(*sizes), StackedEnsemble(*sizes)
     stacked.load_state_dict(_stacked(loop, stacked))
     tutorial, ours = BroadcastBatchEnsemble(*sizes, args.std), BatchEnsemble(*sizes, args.std)
-    ours.load_state_dict({name.replace("2.", "1.").replace("4.", "2."): t for name, t in tutorial.state_dict().items()})
+    # Every other module of the tutorial's is a ReLU.
+    ours.load_state_dict({f"layers.{int(name[0]) // 2}{name[1:]}": t for name, t in tutorial.state_dict().items()})
     return [
         Trainee("members, Python loop", loop, False),
         Trainee("members, effens_kernels", stacked, True),
@@ -132,18 +127,18 @@ def train(trainees: list[Trainee], data: Images, args: argparse.Namespace) -> No
 
 
 def show(trainees: list[Trainee], data: Images) -> None:
-    table = Table(
-        title=f"\nOn {len(data.y_test):,} images of {data.name} that no model has seen",
-        title_justify="left",
-        title_style="bold",
+    table = new_table(
+        f"On {len(data.y_test):,} images of {data.name} that no model has seen",
+        "model",
+        "parameters",
+        "ms per\nepoch",
+        "",
+        "accuracy of\na member",
+        "of the\nensemble",
+        "NLL",
+        "ECE",
         caption="ensemble: mean of the members' probabilities; NLL in nats; ECE over 15 bins; time: median epoch",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    columns = "model", "parameters", "ms per\nepoch", "", "accuracy of\na member", "of the\nensemble", "NLL", "ECE"
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="right" if n else "left", vertical="bottom", no_wrap=n == 0)
     usual = 0.0
     for trainee in trainees:
         quality, seconds = evaluate(trainee.model, data), trainee.seconds_per_epoch
@@ -164,15 +159,12 @@ def show(trainees: list[Trainee], data: Images) -> None:
 
 
 def show_tutorial() -> None:
-    table = Table(
-        title="\nThe tutorial's own figures: CIFAR-10, 20 epochs, on its machine",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+    table = new_table(
+        "The tutorial's own figures: CIFAR-10, 20 epochs, on its machine",
+        "model",
+        "seconds in all",
+        "accuracy of a member",
     )
-    for n, column in enumerate(("model", "seconds in all", "accuracy of a member")):
-        table.add_column(column, justify="right" if n else "left")
     for name, seconds, accuracy in TUTORIAL:
         table.add_row(name, seconds, f"{accuracy:.2%}")
     console.print(table)

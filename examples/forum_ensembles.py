@@ -19,34 +19,11 @@ from forum_data import Bootstrap, Digits
 from forum_models import Ensemble1, Ensemble2, FastEnsemble1, FastEnsemble2, stacked
 from forum_puzzle import BackwardProfile, UnboundEnsemble1, profile_backward
 from forum_training import Trainee, evaluate, train_in_step
-from rich import box
-from rich.console import Console
+from printing import console, new_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor
 
 import effens_kernels as ek
-
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=100)
-
-
-def new_table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """The first column names the row, the others are numbers."""
-    table = Table(
-        title=f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        caption=caption,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        min_width=min(len(title), console.width),
-        padding=(0, 1, 0, 0),
-    )
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="right" if n else "left", vertical="bottom", no_wrap=n == 0)
-    return table
 
 
 def main() -> None:

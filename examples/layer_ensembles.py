@@ -24,18 +24,12 @@ import torch
 from activation_memory import ActivationMemory
 from image_data import load
 from layer_ensemble_models import cnn, mlp
-from rich import box
-from rich.console import Console
+from printing import console, new_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from testbed import Part, Setting, Testbed, make
 from torch import Tensor, nn
 
 import effens_kernels as ek
-
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=110)
 
 SMALL = [Setting(*values) for values in product((10,), (1, 10), (0.1, 1.0))]
 FULL = [Setting(*values) for values in product((10, 100, 1000), (1, 10, 100), (0.01, 0.1, 1.0))]
@@ -195,18 +189,16 @@ def run_testbed(args: argparse.Namespace) -> Findings:
 
 
 def show_testbed(found: Findings) -> None:
-    table = Table(
-        title="\nUncertainty on test data, against the exact posterior",
-        title_justify="left",
-        title_style="bold",
+    table = new_table(
+        "Uncertainty on test data, against the exact posterior",
+        "method",
+        "parameters",
+        "networks",
+        "KL",
+        "± std",
         caption="KL of the predictive distribution of y from the true one, in nats, smaller is better;\n"
         "mean and standard deviation over data sets; networks: how many are run (median)",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    for n, column in enumerate(("method", "parameters", "networks", "KL", "± std")):
-        table.add_column(column, justify="right" if n else "left", no_wrap=True)
     for name, scores in sorted(found.methods.items(), key=lambda item: mean(item[1])):
         table.add_row(
             name,
@@ -284,21 +276,19 @@ def measured(run: Callable[[], Tensor]) -> float:
 
 
 def show_inference(found: list[Inference], batch: int) -> None:
-    table = Table(
-        title=f"\nAll K⁴ paths of a CNN of four layers, {batch} images of digits",
-        title_justify="left",
-        title_style="bold",
+    ways = [column for name in (ONE_BY_ONE, SIDE_BY_SIDE, SHARED) for column in (f"{name},\nms", "MB")]
+    table = new_table(
+        f"All K⁴ paths of a CNN of four layers, {batch} images of digits",
+        "K",
+        "paths",
+        "fewer\nlayers",
+        *ways,
+        "faster than\none by one",
+        "than side\nby side",
+        "less memory than\nside by side",
         caption="MB: most bytes of activations alive at once; without weights, and without what an operation needs "
         "inside itself",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
     )
-    columns = ["K", "paths", "fewer\nlayers"]
-    for name in (ONE_BY_ONE, SIDE_BY_SIDE, SHARED):
-        columns += [f"{name},\nms", "MB"]
-    for column in (*columns, "faster than\none by one", "than side\nby side", "less memory than\nside by side"):
-        table.add_column(column, justify="right", vertical="bottom")
     for row in found:
         cells = [str(row.options), f"{row.paths:,}", f"{row.layers:.1f} x"]
         for name in (ONE_BY_ONE, SIDE_BY_SIDE, SHARED):

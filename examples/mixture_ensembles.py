@@ -22,18 +22,12 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 from image_data import Images, load
-from rich import box
-from rich.console import Console
+from printing import console, new_table
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 from wide_resnet import WideResNet
 
 import effens_kernels as ek
-
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=110)
 
 SINGLE, INDEPENDENT = "one network", "independent networks"
 DROPS, FACTOR = (0.3, 0.6, 0.9), 0.2  # of the learning rate
@@ -191,17 +185,8 @@ def between_members(trainee: Trainee, data: Images) -> list[float]:
 
 
 def show(trainees: list[Trainee], qualities: list[Quality], data: Images) -> None:
-    table = Table(
-        title=f"\nOn {len(data.y_test):,} images of {data.name} that no model has seen",
-        title_justify="left",
-        title_style="bold",
-        caption="ensemble: mean of the members' probabilities; NLL in nats; ECE over 15 bins;\n"
-        "diversity: how often two members differ, over the error of one; time: median epoch",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    columns = (
+    table = new_table(
+        f"On {len(data.y_test):,} images of {data.name} that no model has seen",
         "model",
         "parameters",
         "s per\nepoch",
@@ -210,9 +195,9 @@ def show(trainees: list[Trainee], qualities: list[Quality], data: Images) -> Non
         "NLL",
         "ECE",
         "diversity",
+        caption="ensemble: mean of the members' probabilities; NLL in nats; ECE over 15 bins;\n"
+        "diversity: how often two members differ, over the error of one; time: median epoch",
     )
-    for n, column in enumerate(columns):
-        table.add_column(column, justify="right" if n else "left", vertical="bottom", no_wrap=n == 0)
     for trainee, quality in zip(trainees, qualities):
         table.add_row(
             trainee.name,
