@@ -66,6 +66,17 @@ def test_every_path(case, training, grad):
         assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("paths", [[[0, 1], [1, 2], [2, 0]], [[2, 0], [0, 1], [1, 2]], [[1, 1], [0, 0], [2, 2]]])
+def test_paths_that_share_nothing(paths):
+    """As a Deep Ensemble's, but of other options or in another order."""
+    model, x, samples = (
+        LayerEnsemble(mlp(5, 4, 3, counts=(3, 3))).double(),
+        torch.randn(B, 5, **DOUBLE),
+        torch.tensor(paths),
+    )
+    close(model(x, samples), torch.stack([model.path(path)(x) for path in samples]))
+
+
 @cases
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("which", ["shuffled", "repeated"])
@@ -274,7 +285,7 @@ def test_peak_memory_of_convolutions(kind, monkeypatch):
     sizes = [32 * 4 * n * width for n, width in zip(tree.num_prefixes, (4 * 16, 6 * 16, 5, 3))]
     with torch.no_grad(), ActivationMemory() as memory:
         model(x, tree)
-    assert memory.peak <= two_widest(sizes) + 4 * 2**14  # what a block needs between its stages
+    assert memory.peak <= two_widest(sizes) + 2**14  # what a block needs between its stages
 
 
 def test_memory_counter():

@@ -26,15 +26,19 @@ class Layer(nn.ModuleList):
     """
 
     def __init__(self, options: Sequence[nn.Module]) -> None:
-        super().__init__(stages_of(options))
+        stages = stages_of(options)
+        super().__init__(stages)
         self.num_options = len(options)
+        # How many come before the first that has parameters: these are the same for all options.
+        self._leading = next((n for n, stage in enumerate(stages) if not isinstance(stage, Plain)), len(stages))
 
     def forward(self, held: list[Tensor], level: Level) -> Tensor:
         """[U, B, ...] from x [P, B, ...], the only element of `held`, which is taken out to be freed on the way."""
-        lead, rest = self._split()
+        stages = list(self._modules.values())
+        rest = stages[self._leading :]
         x = held.pop()
         fresh = False
-        for stage in lead:  # the same for all options: once for each prefix before
+        for stage in stages[: self._leading]:  # once for each prefix before
             x = stage.of_each(x, None, fresh)
             fresh = _is_new(stage)
         held.append(x)
@@ -44,12 +48,6 @@ class Layer(nn.ModuleList):
     def plain(self, k: int) -> nn.Module:
         modules = [module for stage in self for module in stage.plain(k)]
         return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
-
-    def _split(self) -> tuple[list[Stage], list[Stage]]:
-        """The stages before the first that has parameters, and the others."""
-        stages = list(self)
-        own = next((n for n, stage in enumerate(stages) if not isinstance(stage, Plain)), len(stages))
-        return stages[:own], stages[own:]
 
 
 def _together(held: list[Tensor], level: Level, stages: list[Stage]) -> Tensor:

@@ -208,9 +208,9 @@ class LayerEnsemble(nn.Module):
         Trees of the last few sets of paths are remembered, so this is needed only where `forward` should not look at
         values, as in `torch.compile(fullgraph=True)`.  `tree.num_prefixes` says how many prefixes each layer computes.
         """
-        return self._tree(self._known_type(samples))
+        samples = self._known_type(samples)
+        return _outside_of_graphs(self, samples) if torch.compiler.is_compiling() else self._tree(samples)
 
-    @torch.compiler.disable
     def _tree(self, samples: Tensor) -> PrefixTree:
         samples = samples.detach().cpu()
         tree = self._trees.get(samples)
@@ -247,8 +247,9 @@ class LayerEnsemble(nn.Module):
         samples = self._samples if samples is None else samples
         if samples is None:
             reject("LayerEnsemble", "samples", "given, or set as its attribute", "None")
-        tree = samples if isinstance(samples, PrefixTree) else self.tree(samples)
-        if tree.num_options != self.num_options:
+        given = isinstance(samples, PrefixTree)
+        tree = samples if given else self.tree(samples)
+        if given and tree.num_options != self.num_options:
             reject("LayerEnsemble", "samples", f"a tree of {self.num_options} options", f"one of {tree.num_options}")
         tree = tree.on(input.device)
         y = self._run(input, tree)
@@ -283,6 +284,11 @@ class LayerEnsemble(nn.Module):
     def extra_repr(self) -> str:
         prior = "" if self.prior is None else f", prior_scale={self.prior_scale}"
         return f"num_options={self.num_options}, num_paths={self.num_paths}{prior}"
+
+
+@torch.compiler.disable
+def _outside_of_graphs(model: LayerEnsemble, samples: Tensor) -> PrefixTree:
+    return model._tree(samples)
 
 
 def _freeze(model: nn.Module) -> None:
