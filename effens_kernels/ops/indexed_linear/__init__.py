@@ -28,7 +28,7 @@ def indexed_linear(
     .. math:: y_g = \mathrm{act}(x_{p(g)} W_{e(g)}^\top + b_{e(g)}), \qquad g = 1 \dots G
 
     where :math:`p(g)` is `x_index[g]` and :math:`e(g)` is `weight_index[g]`: the layer of a prefix tree, in which paths
-    share the layers they have in common (Oleksiienko and Iosifidis 2022, "Layer Ensembles", where a sampled network
+    share the layers they have in common (Oleksienko and Iosifidis 2022, "Layer Ensembles", where a sampled network
     takes one option per layer), and of any other pairing of P inputs with E members.  Inputs and weights are read where
     they lie: one that several groups use is neither repeated nor gathered, and its gradient is summed over these groups
     in their order, in one accumulator.
