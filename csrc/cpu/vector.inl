@@ -276,8 +276,8 @@ EFFENS_INLINE void transpose(vec_u32 (&rows)[lanes<uint32_t>]) {
 }
 
 #if EFFENS_VECTOR_BYTES == 64
-// dst[j * ld + i] = word j of row i, for 16 words of 16 rows that are `stride` bytes apart.  Four rows of four words meet
-// in a register as they are loaded, which leaves two stages of shuffles where the rows' own registers take four.
+// dst[j * ld + i] = word j of row i, for 16 words of 16 rows that are `stride` bytes apart.  Four rows of four words
+// meet in a register as they are loaded, which leaves two stages of shuffles where the rows' own registers take four.
 EFFENS_INLINE void transpose_block(const char* row, int64_t stride, uint32_t* dst, int64_t ld) {
 #pragma GCC unroll 4
   for (int j = 0; j < 16; j += 4) {
