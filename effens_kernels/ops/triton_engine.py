@@ -469,7 +469,8 @@ def choose_tile(
         tile = table[-1]
 
     block_k = tile.BLOCK_K * (4 // dtype.itemsize)
-    if kind == "tensor" and (not layout.aligned or (device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
+    fragments = device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64
+    if kind == "tensor" and (not layout.aligned or layout.wide or fragments):
         block_k //= 2  # fewer addresses, fewer fragments
     stage = (tensors * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
     stages = min(tile.num_stages, 3 if scales and device.fragments else 4, device.memory // stage)
