@@ -227,7 +227,7 @@ def numbered_calls(kind: type[Call], large: tuple[int, int, int, int], **groups:
         (90, kind(*odd, **groups, activation="tanh", index=torch.int32)),
         (90, kind(*large, **groups, activation="relu", dtype=FLOAT)),
         (90, kind(*large, **groups, activation="relu", dtype=FLOAT, tf32=True)),
-        (90, kind(4, 256, 256, 256, **small, far=True, index=torch.int32)),
+        (90, kind(4, 1024, 256, 256, **small, far=True, index=torch.int32)),
         (90, kind(64, 1024, 1024, 16, **small, dtype=HALF, weight_inner=True, need=(True, False, True))),
         (90, kind(1, 1, 1, 1, **tiny, activation="silu")),
         (90, kind(3, 5, 1, 7, **groups, activation="tanh", bias=False, need=(True, True, False))),

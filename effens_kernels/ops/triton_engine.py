@@ -469,13 +469,12 @@ def choose_tile(
         tile = table[-1]
 
     block_k = tile.BLOCK_K * (4 // dtype.itemsize)
-    fragments = device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64
-    if kind == "tensor" and (not layout.aligned or layout.wide or fragments):
+    if kind == "tensor" and (not layout.aligned or (device.fragments and tile.BLOCK_M * tile.BLOCK_N >= 64 * 64)):
         block_k //= 2  # fewer addresses, fewer fragments
     stage = (tensors * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
     stages = min(tile.num_stages, 3 if scales and device.fragments else 4, device.memory // stage)
-    if indirect:  # Triton gives half of the stages to the numbers, in which no tile takes memory
-        stages = min(2 * stages - 1, device.memory // stage + 1)
+    if indirect:  # half of the stages are the numbers', and no tile takes memory in these: 5 are 3, 7 would spill
+        stages = min(2 * stages - 1, 5, device.memory // stage + 1)
     return tile._replace(BLOCK_K=block_k, num_stages=max(2, stages))
 
 
