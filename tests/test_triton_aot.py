@@ -23,12 +23,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from triton_budgets import SHARED_MEMORY, TYPES, Launch, compile_for, excesses
+from triton_budgets import SHARED_MEMORY, TYPES, Launch, compile_for, excesses, specialize
 
 from effens_kernels.ops import triton_engine as engine
 from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation
 from effens_kernels.ops.grouped_linear import triton as grouped_linear
+from effens_kernels.ops.indexed_linear import triton as indexed_linear
 from effens_kernels.ops.mix_templates import triton as mix_templates
+from effens_kernels.ops.ragged_linear import triton as ragged_linear
 from effens_kernels.ops.rank1_linear import triton as rank1_linear
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,18 +78,21 @@ class Call:
             patch.setattr(self.op, "capability", lambda device: capability)
             patch.setattr(self.op, "precision", lambda dtype: "tf32" if self.tf32 else "ieee")
             empty = functools.partial(torch.empty, dtype=self.dtype, device="meta")
-            factors = self.factors(empty)
+            factors, indices = self.factors(empty), self.indices(empty)
             bias = empty(self.members, self.outputs) if self.bias else None
-            y, z = self.op.fwd(*factors, bias, self.activation, saves_preactivation(self.activation))
+            y, z = self.op.fwd(*factors, *indices, bias, self.activation, saves_preactivation(self.activation))
             forward = len(recorded)
             saved = {"nothing": empty(0), "output": y, "preactivation": z}[ACTIVATIONS[self.activation].saves]
-            grads = self.op.bwd(empty(y.shape), *factors, saved, self.activation, *self.need)
+            grads = self.op.bwd(empty(y.shape), *factors, *indices, saved, self.activation, *self.need)
         for grad, like, needed in zip(grads, (*factors, bias), self.need, strict=True):
             assert grad.shape == (like.shape if needed else (0,))
         return recorded[:forward], recorded[forward:]
 
     def factors(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         return self.x(empty), self.weight(empty, self.members)
+
+    def indices(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return ()
 
     def x(self, empty: Callable[..., Tensor]) -> Tensor:
         x = empty((self.batch, self.inputs) if self.shared else (self.members, self.batch, self.inputs))
@@ -113,6 +118,45 @@ class Rank1Call(Call):
     def factors(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
         scales = empty(self.members, self.inputs), empty(self.members, self.outputs)
         return self.x(empty), self.weight(empty), *scales
+
+
+@dataclass(frozen=True)
+class IndexedCall(Call):
+    """One forward and backward of indexed_linear."""
+
+    sources: int = 8
+    groups: int = 32
+    index: torch.dtype = torch.int64
+
+    op: ClassVar[ModuleType] = indexed_linear
+
+    def __str__(self) -> str:
+        return f"indexed-{super().__str__()}-P{self.sources}-G{self.groups}-{TYPES[self.index]}"
+
+    def indices(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return empty(self.groups, dtype=self.index), empty(self.groups, dtype=self.index)
+
+    def x(self, empty: Callable[..., Tensor]) -> Tensor:
+        return Call(self.sources, self.batch, self.inputs, self.outputs, far=self.far).x(empty)
+
+
+@dataclass(frozen=True)
+class RaggedCall(Call):
+    """One forward and backward of ragged_linear, with N for B."""
+
+    index: torch.dtype = torch.int64
+
+    op: ClassVar[ModuleType] = ragged_linear
+
+    def __str__(self) -> str:
+        return f"ragged-{super().__str__()}-{TYPES[self.index]}"
+
+    def indices(self, empty: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        return (empty(self.members + 1, dtype=self.index),)
+
+    def x(self, empty: Callable[..., Tensor]) -> Tensor:
+        x = empty(self.batch, self.inputs)
+        return torch.empty_strided(x.shape, (1 << 23, 1), dtype=x.dtype, device="meta") if self.far else x
 
 
 @dataclass(frozen=True)
@@ -172,6 +216,25 @@ def calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) ->
     return [(capability, Call(*size, **options)) for size in sizes]
 
 
+def numbered_calls(kind: type[Call], large: tuple[int, int, int, int], **groups: int) -> list[tuple[int, Call]]:
+    """Of indexed_linear or ragged_linear."""
+    members, batch, inputs, outputs = large
+    odd = members, batch - 3, inputs - 1, outputs - 3
+    small, tiny = {**groups, "activation": "relu"}, dict.fromkeys(groups, 1)
+    return [
+        *((capability, kind(*large, **groups)) for capability in (80, 90, 100)),
+        *((capability, kind(*large, **groups, activation=None)) for capability in (80, 90)),
+        (90, kind(*odd, **groups, activation="tanh", index=torch.int32)),
+        (90, kind(*large, **groups, activation="relu", dtype=FLOAT)),
+        (90, kind(*large, **groups, activation="relu", dtype=FLOAT, tf32=True)),
+        (90, kind(4, 1024, 256, 256, **small, far=True, index=torch.int32)),
+        (90, kind(64, 1024, 1024, 16, **small, dtype=HALF, weight_inner=True, need=(True, False, True))),
+        (90, kind(1, 1, 1, 1, **tiny, activation="silu")),
+        (90, kind(3, 5, 1, 7, **groups, activation="tanh", bias=False, need=(True, True, False))),
+        (86, kind(*large, **groups, activation="relu")),
+    ]
+
+
 def rank1_calls(capability: int, *sizes: tuple[int, int, int, int], **options: Any) -> list[tuple[int, Call]]:
     return [(capability, Rank1Call(*size, **options)) for size in sizes]
 
@@ -209,6 +272,8 @@ CALLS = [
     *rank1_calls(90, (3, 5, 1, 7), dtype=HALF, activation="silu", bias=False, weight_inner=True, need=ALL_BUT_BIAS),
     *(pair for c in (80, 100) for pair in rank1_calls(c, (32, 1024, 1024, 1024))),
     *rank1_calls(80, (96, 100, 1024, 1024), activation=None, shared=True, need=ONLY_X),
+    *numbered_calls(IndexedCall, (8, 1024, 1024, 1024), sources=8, groups=32),
+    *numbered_calls(RaggedCall, (8, 16384, 1024, 1024)),
     *((90, MixCall(*sizes)) for sizes in ((1, 1, 1), (4, 4, 1 << 20), (16, 16, 1 << 20), (64, 64, 1 << 20))),
     *((90, MixCall(*sizes)) for sizes in ((33, 17, (1 << 20) - 1), (17, 33, (1 << 20) - 1))),
     *((90, MixCall(*sizes, dtype=FLOAT)) for sizes in ((4, 4, 1 << 20), (64, 64, 1 << 20), (33, 17, (1 << 20) - 1))),
@@ -243,6 +308,17 @@ class TestCompiled:
             (launch,), _ = Call(1, 1024, 1024, 1024, dtype=torch.float32, tf32=tf32).launches(90)
             assert bool(compile_for(launch, 90).instructions["wgmma"]) == tf32
 
+    @pytest.mark.parametrize("kind", [IndexedCall, RaggedCall])
+    def test_one_kernel_for_any_number_of_groups_and_rows(self, kind: type[Call]) -> None:
+        """What Triton compiles depends on these only by the choice of a tile, whatever divides them."""
+        seen = {}
+        for count in (1, 2, 15, 16, 17, 48, 1000, 1024, 4096):
+            sizes = {"batch": 64, "sources": count, "groups": 3 * count} if kind is IndexedCall else {"batch": count}
+            for launch in itertools.chain(*kind(members=5, inputs=96, outputs=80, **sizes).launches(90)):
+                switches = tuple(launch.plan.switches.items())
+                seen.setdefault((launch.name, switches), set()).add(specialize(launch).hash())
+        assert all(len(hashes) == 1 for hashes in seen.values())
+
 
 @pytest.mark.skipif(not INTERPRETING, reason="the tests of TestCompiled run in this process")
 def test_compiled_in_a_process_of_its_own() -> None:
@@ -250,7 +326,7 @@ def test_compiled_in_a_process_of_its_own() -> None:
     run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     print(run.stdout, run.stderr)
     assert run.returncode == 0
-    assert f"{len(CALLS) + 2} passed" in run.stdout
+    assert f"{len(CALLS) + 4} passed" in run.stdout
 
 
 @pytest.mark.parametrize("kind", list(engine.TILES))
@@ -297,6 +373,29 @@ def test_launches_of_rank1_linear(shared: bool, activation: str | None) -> None:
                 assert tensor is None or tensor.shape != (members, batch, inputs) or not shared
 
 
+@pytest.mark.parametrize("kind", [IndexedCall, RaggedCall])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_launches_of_indexed_and_ragged_linear(activation: str | None, kind: type[Call]) -> None:
+    """One launch forward and two backward, at most; x and W come as they are, whatever groups and rows name them."""
+    groups = {"sources": 5, "groups": 60} if kind is IndexedCall else {}
+    name = kind.op.__name__.split(".")[-2]
+    for need in itertools.product((True, False), repeat=3):
+        forward, backward = kind(7, 33, 20, 10, activation=activation, need=need, **groups).launches(90)
+        assert [launch.name for launch in forward] == [f"{name}_fwd"]
+        dgrad, wgrad = [f"{name}_dgrad"] * need[0], [f"{name}_wgrad"] * (need[1] or need[2])
+        assert [launch.name for launch in backward] == dgrad + wgrad
+        largest = 60 * 33 * 10 if groups else 7 * 20 * 10  # y, or W
+        for launch in forward + backward:
+            assert max(a.numel() for a in launch.tensors if a is not None) <= largest
+
+
+def test_rows_and_groups_that_32_bits_cannot_count_are_refused() -> None:
+    with pytest.raises(ValueError, match="ragged_linear: 2147483640 rows of 5 members are more"):
+        RaggedCall(5, 2**31 - 8, 1, 1).launches(90)
+    with pytest.raises(ValueError, match="indexed_linear: a sum over 524288 groups of 131072 terms has"):
+        IndexedCall(1, 1 << 17, 1, 1, groups=1 << 19, sources=1).launches(90)
+
+
 def test_launches_of_mix_templates() -> None:
     """One launch forward; backward one for both gradients, where one tile has all rows, and one that adds parts."""
     main, add, mix = "mix_templates_bwd", "mix_templates_add", "mix_templates_fwd"
@@ -337,7 +436,7 @@ def test_no_empty_grid_of_mix_templates() -> None:
         assert MixCall(*sizes).launches(90) == ([], [])
 
 
-@pytest.mark.parametrize("kind", [Call, Rank1Call])
+@pytest.mark.parametrize("kind", [Call, Rank1Call, IndexedCall, RaggedCall])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_no_empty_grid(capability: int, kind: type[Call]) -> None:
     for sizes in ((0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 3), (2, 4, 3, 0), (0, 0, 0, 0)):

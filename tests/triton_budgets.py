@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from effens_kernels.ops import triton_engine as engine
 
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may take
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 PARKED = 32  # bytes: ptxas keeps a few values that only the epilogue needs on the stack, for occupancy
 
 
@@ -35,7 +35,12 @@ class Launch(NamedTuple):
     @property
     def multiplies(self) -> bool:
         """False for launches that only add: parts, or a gradient's rows for db alone."""
-        results = {"grouped_linear_wgrad": slice(3, 4), "rank1_linear_wgrad": slice(6, 9)}.get(self.name, slice(None))
+        results = {
+            "grouped_linear_wgrad": slice(3, 4),
+            "indexed_linear_wgrad": slice(6, 7),
+            "ragged_linear_wgrad": slice(4, 5),
+            "rank1_linear_wgrad": slice(6, 9),
+        }.get(self.name, slice(None))
         return "PRECISION" in self.plan.switches and any(tensor is not None for tensor in self.tensors[results])
 
     def changed(self, **switches: object) -> Launch:

@@ -433,11 +433,12 @@ def fill(capability: int) -> int:
 
 def choose_tile(
     members: int, rows: int, columns: int, dtype: torch.dtype, precision: str, capability: int, layout: Layout,
-    activation: bool = False, slope: bool = False, scales: int = 0, accumulators: int = 1,
+    activation: bool = False, slope: bool = False, scales: int = 0, accumulators: int = 1, indirect: bool = False,
 ) -> Tile:  # fmt: skip
     """The tile for `members` products of [rows, columns], with an `activation` on results or its `slope` on operand a.
 
-    `scales` of operand a: 0 for none, 1 along the reduction, 2 along its rows as well.
+    `scales` of operand a: 0 for none, 1 along the reduction, 2 along its rows as well.  `indirect`: numbers that the
+    loop loads say where operands are.
 
     The first (largest) row of the table that is no wider than the product, rounded up to a power of two, either
     way, and still makes enough programs to fill the GPU; if none does, the smallest, for the most programs.
@@ -472,6 +473,8 @@ def choose_tile(
         block_k //= 2  # fewer addresses, fewer fragments
     stage = (tensors * tile.BLOCK_M + tile.BLOCK_N) * block_k * dtype.itemsize
     stages = min(tile.num_stages, 3 if scales and device.fragments else 4, device.memory // stage)
+    if indirect:  # half of the stages are the numbers', and no tile takes memory in these: 5 are 3, 7 would spill
+        stages = min(2 * stages - 1, 5, device.memory // stage + 1)
     return tile._replace(BLOCK_K=block_k, num_stages=max(2, stages))
 
 
