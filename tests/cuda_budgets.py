@@ -33,6 +33,9 @@ PLAIN_ENTRY = re.compile(
 )
 
 
+INTEGER_ENTRY = re.compile(r"index_lists_kernelILi\d+E")
+
+
 class Kernel(NamedTuple):
     name: str
     operands: str  # along which axis A and B are contiguous
@@ -56,6 +59,8 @@ class Kernel(NamedTuple):
     def of(mangled: str) -> Kernel | None:
         if found := PLAIN_ENTRY.search(mangled):
             return Kernel.plain(found["name"], TYPES[found["type"]], int(found["tile"] or 0))
+        if INTEGER_ENTRY.search(mangled):
+            return Kernel.plain("index_lists", "-", 0)
         if found := MLP_ENTRY.search(mangled):
             return Kernel.mlp(found["name"], TYPES[found["type"]], int(found["rows"]), MATH[int(found["math"])])
         found = ENTRY.search(mangled)
@@ -120,7 +125,9 @@ def described() -> dict[Kernel, tuple[int, int]]:
             operands = f"{'k' if a else 'm'}, {'k' if b else 'n'}"
             for type in types:
                 kernel = Kernel(name, operands, "yes" if through else "no", f"{side}x{side}", type, math)
-                if name in ("add_parts", "mix_fwd", "mix_bwd", "mix_add"):
+                if name == "index_lists":
+                    kernel = Kernel.plain(name, "-", 0)
+                elif name in ("add_parts", "mix_fwd", "mix_bwd", "mix_add"):
                     kernel = Kernel.plain(name, type, side)
                 elif name in ("mlp_fwd", "mlp_dgrad"):
                     kernel = Kernel.mlp(name, type, side, math)

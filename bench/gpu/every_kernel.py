@@ -3,9 +3,9 @@
 python -m bench.gpu.every_kernel [--device cuda] [--quick]
 
 Tile sizes, dtypes and TF32, forward and all gradients, odd and even sizes, rows that are aligned and not, shared x or
-one per member, each activation; rows and templates of mix_templates in one slice and in several; perceptrons of which
-members share nothing, their rows or a layer.  Results are compared with float64, so that a kernel that does nothing
-does not pass.
+one per member, each activation; layers by number, and of members of any size; rows and templates of mix_templates in
+one slice and in several; perceptrons of which members share nothing, their rows or a layer.  Results are compared with
+float64, so that a kernel that does nothing does not pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from effens_kernels import _dispatch, _native
 from effens_kernels.ops._activations import ACTIVATIONS
 from effens_kernels.ops.ensemble_mlp import reference as ensemble_mlp
-from effens_kernels.testing import OPS, Case, LinearCase, MixCase, Rank1Case, error
+from effens_kernels.testing import OPS, Case, IndexedCase, LinearCase, MixCase, RaggedCase, Rank1Case, error
 
 from ..contestants.ensemble_mlp import MLPWorkload
 
@@ -41,6 +41,12 @@ CASES = (
     LinearCase(2, 40, 40, 40, activation="relu", x_layout="inner", weight_layout="inner"),
     LinearCase(2, 24, 40, 48, x_layout="offset", weight_layout="offset"),
     LinearCase(3, 1, 17, 1, activation="gelu"),
+    IndexedCase(4, 130, 33, 130, activation="relu", sources=3, groups=5),
+    IndexedCase(3, 40, 264, 24, activation="gelu", x_layout="transposed", groups=4),
+    IndexedCase(40, 17, 24, 40, weight_layout="offset", sources=7, groups=70),
+    RaggedCase(3, 390, 33, 130, activation="relu"),
+    RaggedCase(5, 160, 264, 24, activation="gelu", x_layout="inner"),
+    RaggedCase(70, 130, 24, 40, weight_layout="offset"),
     Rank1Case(2, 130, 33, 130, activation="relu"),
     Rank1Case(3, 96, 48, 160, shared=True, activation="gelu"),
     Rank1Case(5, 17, 130, 40, activation="tanh", x_layout="offset", weight_layout="offset"),
@@ -60,10 +66,13 @@ CASES = (
 QUICK = (
     LinearCase(2, 9, 21, 13, shared=True, activation="gelu"),
     LinearCase(2, 8, 16, 24),
+    IndexedCase(3, 9, 21, 13, activation="relu", sources=2, groups=5),
+    RaggedCase(3, 40, 21, 13, activation="gelu"),
     Rank1Case(3, 9, 21, 13, activation="relu"),
     MixCase((5,), 7, (37,)),
     MLPWorkload(2, 9, (21, 13, 4), "gelu"),
 )
+OF_CASE = {IndexedCase: "indexed_linear", RaggedCase: "ragged_linear", Rank1Case: "rank1_linear"}  # op
 TOO_LITTLE = "too little shared memory"  # an honest refusal of a tile that the GPU has no room for
 
 
@@ -79,23 +88,24 @@ def calls(cases: tuple[Case | MLPWorkload, ...], device: str) -> Results:
         if isinstance(case, MLPWorkload):
             yield from _mlp_calls(case, device)
             continue
-        op = OPS["rank1_linear" if isinstance(case, Rank1Case) else "grouped_linear"]
+        op = OPS[OF_CASE.get(type(case), "grouped_linear")]
+        indices = {name: o for name, o in case.options().items() if isinstance(o, torch.Tensor)}
         fwd, bwd = (getattr(_native.cuda_ops, f"{op.name}_{direction}") for direction in ("fwd", "bwd"))
         activation = ACTIVATIONS[case.activation]
         save = activation.saves == "preactivation"
         for math, (dtype, tf32, _) in MATHS.items():
             # On the CPU, so that the sanitizer sees nothing but copies beside our kernels.
             *factors, bias = case.inputs_for(dtype, "cpu", seed=0)
-            grad = torch.randn(case.members, case.batch, case.outputs).to(dtype)
             wide = [t.double().requires_grad_() for t in (*factors, bias)]
-            z = op.reference(*wide, None)
+            z = op.reference(*wide, None, **indices)
+            grad = torch.randn(z.shape).to(dtype)
             y = activation.apply(z)
             exact = [y.detach(), *torch.autograd.grad(y, wide, grad.double())]
             # What the kernels' own forward rounds would flip signs near zero of relu: backward is given the exact one.
             saved = (z if save else y).detach().to(device, dtype)
             for tile in TILES:
                 name = f"{op.name} {case}, {math}, tile {tile}"
-                inputs = [_with_layout(t, device) for t in factors]
+                inputs = [_with_layout(t, device) for t in (*factors, *indices.values())]
                 need = (True,) * len(wide)
                 try:
                     found = fwd(*inputs, bias.to(device), activation.code, save, tf32, tile)[:1]

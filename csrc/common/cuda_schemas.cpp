@@ -12,6 +12,19 @@ STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
       "grouped_linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor saved, int activation, bool need_x, "
       "bool need_weight, bool need_bias, bool tf32, int tile=-1) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "indexed_linear_fwd(Tensor x, Tensor weight, Tensor x_index, Tensor weight_index, Tensor? bias, int activation, "
+      "bool save_preactivation, bool tf32, int tile=-1) -> (Tensor, Tensor)");
+  m.def(
+      "indexed_linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor x_index, Tensor weight_index, Tensor saved, "
+      "int activation, bool need_x, bool need_weight, bool need_bias, bool tf32, int tile=-1) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "ragged_linear_fwd(Tensor x, Tensor weight, Tensor offsets, Tensor? bias, int activation, "
+      "bool save_preactivation, bool tf32, int tile=-1) -> (Tensor, Tensor)");
+  m.def(
+      "ragged_linear_bwd(Tensor grad, Tensor x, Tensor weight, Tensor offsets, Tensor saved, int activation, "
+      "bool need_x, bool need_weight, bool need_bias, bool tf32, int tile=-1) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "rank1_linear_fwd(Tensor x, Tensor weight, Tensor r, Tensor s, Tensor? bias, int activation, "
       "bool save_preactivation, bool tf32, int tile=-1) -> (Tensor, Tensor)");
   m.def(

@@ -2,6 +2,7 @@
 #if !defined(EFFENS_EMULATION)
 
 #include "../kernels/ensemble_mlp.cuh"
+#include "../kernels/index_lists.cuh"
 #include "../kernels/mix_templates.cuh"
 #include "../kernels/rank1_linear.cuh"
 #include "with_math.h"
@@ -28,7 +29,7 @@ std::string describe_without_math() {
 }
 
 std::string cuda_kernels(std::string math) {
-  if (math == "fma") return describe<float, Math::fma>() + describe_without_math();
+  if (math == "fma") return describe<float, Math::fma>() + describe_without_math() + device::describe_index_lists();
   if (math == "tf32") return describe<float, Math::tf32>();
   STD_TORCH_CHECK(math == "half", "cuda_kernels: math should be fma, tf32 or half, got ", math);
   return describe<device::half_t, Math::half>() + describe_without_math();

@@ -3,6 +3,7 @@
 
 // These include what the macros below would disturb.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -58,6 +59,12 @@ inline double max(double a, double b) {
   return std::fmax(a, b);
 }
 
+inline int __clz(int v) {
+  return std::countl_zero(unsigned(v));
+}
+inline int __popc(unsigned v) {
+  return std::popcount(v);
+}
 inline float rsqrtf(float v) {
   return 1 / std::sqrt(v);
 }

@@ -3,6 +3,8 @@
 //   contract   c[m, n] = sum_k a[m, k] b[n, k]  for each member; summed over `summands` pairs of matrices as well
 //   wgrad      the same, and the sums over k of the rows of A
 //
+// Which matrices a member has, or which rows or k of them, may be up to integers in device memory (selection.cuh).
+//
 // A block computes one M x N tile of one member's C.  Tiles of A and B pass through `stages` places in shared memory:
 // while the core multiplies one, cp.async fetches the next ones.  With `through`, A is a gradient that is taken through
 // an activation by the tile of the same shape that is fetched beside it.
@@ -14,6 +16,7 @@
 #include "core_mma.cuh"
 #include "operand.cuh"
 #include "result.cuh"
+#include "selection.cuh"
 
 namespace effens::device {
 
@@ -26,6 +29,19 @@ struct Product {
   Global<T> row_sums{};  // [members, m]: wgrad
   int m = 0, n = 0, k = 0, summands = 1;
   Activation slope = Activation::none;
+};
+
+template <class T>
+struct SelectedProduct : Product<T> {
+  Selection select;
+
+  SelectedProduct() = default;
+  SelectedProduct(const Product<T>& p) : Product<T>(p) {}
+
+  // Of one member of C.
+  __host__ __device__ __forceinline__ int tiles_down(int M) const {
+    return select.by == Select::row ? this->m / M + select.members + Selection::outside : (this->m + M - 1) / M;
+  }
 };
 
 // How many large blocks the shared memory of a multiprocessor has room for, and how much of it one block can have.
@@ -87,14 +103,36 @@ template <class T>
 struct Terms {
   Global<const T> a, saved, b;  // of the first summand
   int summands, k_begin, k_end;
+  int m_end;  // of the rows of A
+
+  // To the next summand, if there are `more`.
+  __device__ __forceinline__ void advance(const Product<T>& p, bool) {
+    a += p.a.reduce, saved += p.saved.reduce, b += p.b.reduce;
+  }
+};
+
+// Numbers in a list are read as they come up.
+template <class T>
+struct SelectedTerms : Terms<T> {
+  int at = 0;  // in the list
+
+  __device__ __forceinline__ void advance(const SelectedProduct<T>& p, bool more) {
+    if (p.select.by != Select::list)
+      Terms<T>::advance(p, more);
+    else if (more)
+      ++at, matrices(p, p.select.a_list[at], p.select.b_list[at]);
+  }
+  __device__ __forceinline__ void matrices(const Product<T>& p, int of_a, int of_b) {
+    this->a = p.a.data + of_a * p.a.batch, this->saved = p.saved.data + of_a * p.saved.batch;
+    this->b = p.b.data + of_b * p.b.batch;
+  }
 };
 
 // Adds up the terms of the tile at (m, n).  prepare(tile of A, of `saved`) is for what the thread itself has fetched of
 // them, just before the others see it; then(tile of A) follows each step of the core.
-template <class Block, class Prepare, class Then>
-__device__ __forceinline__ void add_up(typename Block::Core& core, const Product<typename Block::T>& p,
-                                       const Terms<typename Block::T>& terms, int m, int n, bool through,
-                                       Prepare prepare, Then then) {
+template <class Block, class AnyProduct, class AnyTerms, class Prepare, class Then>
+__device__ __forceinline__ void add_up(typename Block::Core& core, const AnyProduct& p, const AnyTerms& terms, int m,
+                                       int n, bool through, Prepare prepare, Then then) {
   using T = typename Block::T;
   using TileA = typename Block::TileA;
   using TileB = typename Block::TileB;
@@ -104,15 +142,15 @@ __device__ __forceinline__ void add_up(typename Block::Core& core, const Product
   auto b_tile = [](int stage) { return dynamic_shared<T>(stage * Block::stage_bytes + Block::b_at, TileB::size); };
 
   const int steps = terms.summands * ((terms.k_end - terms.k_begin + K - 1) / K);
-  Global<const T> a = terms.a, saved = terms.saved, b = terms.b;
+  AnyTerms from = terms;
   int fetched = 0, k = terms.k_begin;
   auto fetch = [&](int stage) {
     if (fetched < steps) {
-      TileA::fetch(a_tile(stage), p.a, a, m, p.m, k, terms.k_end);
-      if (through) TileA::fetch(saved_tile(stage), p.saved, saved, m, p.m, k, terms.k_end);
-      TileB::fetch(b_tile(stage), p.b, b, n, p.n, k, terms.k_end);
+      TileA::fetch(a_tile(stage), p.a, from.a, m, terms.m_end, k, terms.k_end);
+      if (through) TileA::fetch(saved_tile(stage), p.saved, from.saved, m, terms.m_end, k, terms.k_end);
+      TileB::fetch(b_tile(stage), p.b, from.b, n, p.n, k, terms.k_end);
       ++fetched, k += K;
-      if (k >= terms.k_end) k = terms.k_begin, a += p.a.reduce, saved += p.saved.reduce, b += p.b.reduce;
+      if (k >= terms.k_end) k = terms.k_begin, from.advance(p, fetched < steps);
     }
     cp_async_commit();  // an empty group at the end, so that waiting counts the same
   };
@@ -131,16 +169,23 @@ __device__ __forceinline__ void add_up(typename Block::Core& core, const Product
   }
 }
 
-// Stores what the core has added up, by way of the memory that the tiles have passed through.
+// Stores what the core has added up, by way of the memory that the tiles have passed through.  `layer`: whose bias; -1
+// for none.
 template <class Block, bool scaled>
 __device__ __forceinline__ void finish(const typename Block::Core& core, const Product<typename Block::T>& p,
-                                       int member, int m, int n) {
+                                       int member, int layer, int m, int m_end, int n) {
   cp_async_wait<0>();
   __syncthreads();
   const Shared<float> c = dynamic_shared<float>(0, Block::M * Block::c_row);
   core.put(c, Block::c_row);
   __syncthreads();
-  p.c.template store_tile<Block::M, Block::N, Block::threads, scaled>(c, Block::c_row, member, m, p.m, n, p.n);
+  p.c.template store_tile<Block::M, Block::N, Block::threads, scaled>(c, Block::c_row, member, layer, m, m_end, n, p.n);
+}
+
+template <class Block, bool scaled>
+__device__ __forceinline__ void finish(const typename Block::Core& core, const Product<typename Block::T>& p,
+                                       int member, int m, int n) {
+  finish<Block, scaled>(core, p, member, member, m, p.m, n);
 }
 
 // Of a tile of A that lies by k: the sum over k of this thread's row.
@@ -154,22 +199,15 @@ __device__ __forceinline__ float row_sum(Shared<const typename Block::T> a_tile)
   return sum;
 }
 
-template <class Block, bool sums>
-__device__ __forceinline__ void product(const Product<typename Block::T>& p, int block) {
+// One tile of C, of which `sums` are the first columns': the sums of rows of A.
+template <class Block, bool sums, class AnyProduct, class AnyTerms>
+__device__ __forceinline__ void tile(const AnyProduct& p, const AnyTerms& terms, const Place& place, int m, int layer) {
   using T = typename Block::T;
   using TileA = typename Block::TileA;
-  constexpr int M = Block::M, N = Block::N;
-  const Place place((p.m + M - 1) / M, max((p.n + N - 1) / N, 1), block);
-  const int m = place.m * M, n = place.n * N;
-  const Terms<T> terms{p.a.data + place.member * p.a.batch,
-                       p.saved.data + place.member * p.saved.batch,
-                       p.b.data + place.member * p.b.batch,
-                       p.summands,
-                       0,
-                       p.k};
+  const int n = place.n * Block::N;
   typename Block::Core core;
   float sum = 0.0f;
-  const bool sums_here = sums && p.row_sums != nullptr && place.n == 0 && int(threadIdx.x) < M;
+  const bool sums_here = sums && p.row_sums != nullptr && place.n == 0 && int(threadIdx.x) < Block::M;
   auto prepare = [&](Shared<T> a_tile, Shared<T> saved_tile) {
     if constexpr (Block::through) {
       const Activation slope = p.slope;
@@ -186,19 +224,62 @@ __device__ __forceinline__ void product(const Product<typename Block::T>& p, int
     const int line = m + int(threadIdx.x);
     if (sums_here && line < p.m) p.row_sums[int64_t(place.member) * p.m + line] = from_float<T>(sum);
   }
-  finish<Block, false>(core, p, place.member, m, n);
+  finish<Block, false>(core, p, place.member, layer, m, terms.m_end, n);
+}
+
+template <class Block, bool sums>
+__device__ __forceinline__ void product(const Product<typename Block::T>& p, int block) {
+  const Place place((p.m + Block::M - 1) / Block::M, max((p.n + Block::N - 1) / Block::N, 1), block);
+  const Terms<typename Block::T> terms{p.a.data + place.member * p.a.batch,
+                                       p.saved.data + place.member * p.saved.batch,
+                                       p.b.data + place.member * p.b.batch,
+                                       p.summands,
+                                       0,
+                                       p.k,
+                                       p.m};
+  tile<Block, sums>(p, terms, place, place.m * Block::M, place.member);
+}
+
+template <class Block, bool sums>
+__device__ __forceinline__ void selected_product(const SelectedProduct<typename Block::T>& p, int block) {
+  const Selection& select = p.select;
+  const Place place(p.tiles_down(Block::M), max((p.n + Block::N - 1) / Block::N, 1), block);
+  SelectedTerms<typename Block::T> terms;
+  terms.summands = p.summands, terms.k_begin = 0, terms.k_end = p.k, terms.m_end = p.m;
+  int m = place.m * Block::M, of_a = place.member, of_b = place.member;
+  if (select.by == Select::number) {
+    of_a = select.a.index(place.member, select.a_count), of_b = select.b.index(place.member, select.b_count);
+    if (of_a < 0 || of_b < 0) terms.summands = 0, of_b = -1;
+  } else if (select.by == Select::list) {
+    terms.at = int(select.offsets[place.member]);
+    terms.summands = int(select.offsets[place.member + 1]) - terms.at;
+    if (terms.summands > 0) of_a = select.a_list[terms.at], of_b = select.b_list[terms.at];
+  }
+  if constexpr (sums) {
+    if (select.by == Select::depth) {
+      terms.k_begin = select.offsets.offset(place.member, p.k);
+      terms.k_end = max(select.offsets.offset(place.member + 1, p.k), terms.k_begin);
+    }
+  } else if (select.by == Select::row) {
+    const Segment segment(select, p.m, Block::M, place.m);
+    if (segment.begin >= segment.end) return;
+    m = segment.begin, terms.m_end = segment.end, of_b = segment.number - 1;
+    if (segment.number == 0 || segment.number > select.members) terms.summands = 0, of_b = -1;
+  }
+  terms.matrices(p, of_a, of_b);
+  tile<Block, sums>(p, terms, place, m, of_b);
 }
 
 template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
-    contract_kernel(const Product<typename Block::T> p) {
-  product<Block, false>(p, int(blockIdx.x));
+    contract_kernel(const SelectedProduct<typename Block::T> p) {
+  selected_product<Block, false>(p, int(blockIdx.x));
 }
 
 template <class Block>
 __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
-    wgrad_kernel(const Product<typename Block::T> p) {
-  product<Block, true>(p, int(blockIdx.x));
+    wgrad_kernel(const SelectedProduct<typename Block::T> p) {
+  selected_product<Block, true>(p, int(blockIdx.x));
 }
 
 }  // namespace effens::device

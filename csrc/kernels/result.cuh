@@ -20,16 +20,17 @@ struct Result {
   int64_t group_stride = 0;
   bool vectors = false;  // whole groups of 16 bytes, at aligned places
 
-  // Of an M x N tile of float32 values [M, tile_row] that begins at (m, n), what lies before m_end and n_end.
+  // Of an M x N tile of float32 values [M, tile_row] that begins at (m, n), what lies before m_end and n_end; with the
+  // bias of `layer`, unless that is negative.
   template <int M, int N, int threads, bool scaled>
-  __device__ __forceinline__ void store_tile(Shared<const float> tile, int tile_row, int member, int m, int m_end,
-                                             int n, int n_end) const {
+  __device__ __forceinline__ void store_tile(Shared<const float> tile, int tile_row, int member, int layer, int m,
+                                             int m_end, int n, int n_end) const {
     constexpr int width = 16 / int(sizeof(T)), across = N / width;
     static_assert(threads % across == 0 && M % (threads / across) == 0);  // a thread stays in its columns
     const int c = int(threadIdx.x) % across * width, valid = min(n_end - n - c, width);
     if (valid <= 0) return;
     float add[width] = {}, times[width] = {};
-    if (bias != nullptr) read(add, bias + (member * bias_batch + n + c), valid);
+    if (bias != nullptr && layer >= 0) read(add, bias + (layer * bias_batch + n + c), valid);
     if constexpr (scaled) read(times, scale + (member * scale_batch + n + c), valid);
 #pragma unroll 1
     for (int r = int(threadIdx.x) / across; r < M && m + r < m_end; r += threads / across) {

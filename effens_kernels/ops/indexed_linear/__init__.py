@@ -49,8 +49,9 @@ def indexed_linear(
     same device, in any order and with any repetitions.  Any strides are accepted.  As in torch, empty axes give empty
     results, and `I = 0` gives `act(bias)`.  Differentiable any number of times in `x`, `weight` and `bias`; an input or
     a weight that no group uses has a gradient of zero.  Kept for backward: `x`, `weight`, the indices, and one
-    `[G, B, O]` tensor where the activation needs it.  On a GPU, values of indices are not read by the host and have to
-    be in range.
+    `[G, B, O]` tensor where the activation needs it.  On a GPU, values of indices are not read by the host, and have
+    to be in range.  Where they are not, the backend "cuda" reads nothing: the group's result is zeros, and it adds
+    nothing to any gradient.
 
     Raises:
         TypeError: an argument is no tensor, or of an unsupported or differing dtype.

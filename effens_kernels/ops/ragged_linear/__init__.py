@@ -45,7 +45,8 @@ def ragged_linear(
     same device.  Any strides are accepted.  As in torch, empty axes give empty results, and `I = 0` gives `act(bias)`.
     Differentiable any number of times in `x`, `weight` and `bias`; the gradient of a weight without rows is zero.  Kept
     for backward: `x`, `weight`, `offsets`, and one `[N, O]` tensor where the activation needs it.  On a GPU, kernels do
-    not make the host wait for the offsets: values are clamped to 0..N, and rows of no member give zeros.
+    not make the host wait for the offsets: values are clamped to 0..N, and rows of no member give zeros.  Results of
+    offsets that decrease are undefined there.
 
     Raises:
         TypeError: an argument is no tensor, or of an unsupported or differing dtype.
