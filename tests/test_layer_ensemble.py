@@ -155,6 +155,48 @@ def test_running_statistics(case, momentum):
                     assert stage.num_batches_tracked[k] == norm.num_batches_tracked
 
 
+def test_values_that_are_no_numbers_stay_in_their_option():
+    options = [nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)).double() for _ in range(3)]
+    nn.init.constant_(options[1][0].weight, torch.nan)
+    model = LayerEnsemble([options])
+    model(torch.randn(B, 5, **DOUBLE), model.all_paths())
+    for statistics in (model.layers[0][1].running_mean, model.layers[0][1].running_var):
+        assert statistics.isnan().all(1).tolist() == [False, True, False]
+
+
+class Overwriting(nn.Module):
+    """Says nothing of what it does to its input."""
+
+    def __init__(self, first: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = first
+        self.inner = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.mul_(2) if self.first is None else self.first(x))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("first", [lambda: None, lambda: nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(5))])
+@pytest.mark.parametrize("trunk", [1, 2])
+def test_prefixes_do_not_see_what_modules_overwrite(first, trunk, grad):
+    options = [[nn.Linear(5, 5).double() for _ in range(trunk)], [Overwriting(first()).double() for _ in range(3)]]
+    model, x = LayerEnsemble(options), torch.randn(B, 5, **DOUBLE)
+    with torch.set_grad_enabled(grad):
+        close(model(x, model.all_paths()), naive(options, x, model.all_paths()))
+        alone, kept = LayerEnsemble(options[1:]), x.clone()
+        close(alone(x, alone.all_paths()), naive(options[1:], x, alone.all_paths()))
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("kind", [nn.Softmax, nn.LogSoftmax, nn.Softmin])
+def test_softmax_over_rows_is_that_of_each_path(kind):
+    options = [[nn.Sequential(nn.Linear(5, 4), kind(0)).double() for _ in range(2)] for _ in range(1)]
+    options.append([nn.Sequential(nn.Linear(4, 3), kind(dim=0)).double() for _ in range(3)])
+    model, x = LayerEnsemble(options), torch.randn(B, 5, **DOUBLE)
+    close(model(x, model.all_paths()), naive(options, x, model.all_paths()))
+
+
 def test_images_stay_channels_last():
     model = LayerEnsemble(cnn()).to(memory_format=torch.channels_last).eval()
     x = torch.randn(3, 2, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -506,6 +548,32 @@ def test_autocast():
     assert y.dtype is torch.bfloat16
     expected = model(x, samples)
     assert (y - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("case", ["linear", "conv-batch-norm"])
+def test_trains_after_inference_mode(case):
+    """On the same paths, whose tree is remembered."""
+    _, model, x = made(case)
+    samples = model.sample(5, unique=False)
+    with torch.inference_mode():
+        model(x, samples)
+    model(x, samples).sum().backward()
+
+
+def test_modules_keep_their_modes():
+    plain = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Dropout(0.9))
+    plain[1].eval()
+    for model in (
+        LayerEnsemble.from_models([plain, copy.deepcopy(plain)]),
+        LayerEnsemble.from_model(plain, 2, prior_scale=1.0),
+    ):
+        assert [stage.training for layer in model.layers for stage in layer] == [True, False, True, True]
+        assert model.training
+        assert not any(module.training for module in ([] if model.prior is None else model.prior.modules()))
+    assert [module.training for module in plain] == [True, False, True, True]
+    path = model.eval().path([0, 1])
+    assert not any(module.training for module in path.modules())
+    assert not LayerEnsemble.from_models([path]).training
 
 
 def test_frozen_options_stay_frozen():

@@ -67,6 +67,9 @@ def test_ties_and_nan():
     outputs = torch.tensor([[1.0], [1.0], [1.0]])
     assert rank_paths(outputs, lambda m, v: m.flatten()).order.tolist() == [0, 1, 2]
     assert rank_paths(torch.tensor([[torch.nan], [2.0], [1.0]]), lambda m, v: m.flatten()).order.tolist()[:2] == [2, 1]
+    ranking = rank_paths(torch.tensor([[0.0], [1.0], [3.0]]), lambda m, v: (v - 1 + 0 / v).flatten())
+    assert ranking.scores[0].isnan()  # of every single one
+    assert ranking.best_size == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -99,6 +102,10 @@ def test_gaussian_kl():
     expected = torch.distributions.kl_divergence(p, q).mean(1)
     torch.testing.assert_close(gaussian_kl(mean, variance, true_mean, true_variance), expected)
     assert gaussian_kl(mean, torch.zeros(4, 6), true_mean, true_variance).isinf().all()
+    of_one_number = gaussian_kl(mean[:, 0], variance[:, 0], true_mean[0], true_variance[0])
+    torch.testing.assert_close(
+        of_one_number, gaussian_kl(*(t[..., :1] for t in (mean, variance, true_mean, true_variance)))
+    )
 
 
 SCORE = lambda m, v: m.flatten(1).mean(1)  # noqa: E731

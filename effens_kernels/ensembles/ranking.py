@@ -47,7 +47,7 @@ class PathRanking(NamedTuple):
     @property
     def best_size(self) -> int:
         """How many members the best of the sets has."""
-        return int(self.scores.argmin()) + 1
+        return int(_nan_last(self.scores).argmin()) + 1
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def rank_paths(outputs: Tensor, score: Score, num_paths: int | None = None) -> P
     order, scores = [], []
     for n in range(num_paths):
         found = torch.cat([_scores(score, y[some], mean, squares, n) for some in left.split(at_once)])
-        best = found.nan_to_num(nan=torch.inf).argmin()
+        best = _nan_last(found).argmin()
         chosen = left[best]
         mean, squares = _moments(y[chosen], mean, squares, n)
         order.append(chosen)
@@ -138,12 +138,17 @@ def gaussian_kl(mean: Tensor, variance: Tensor, true_mean: Tensor, true_variance
     """
     ratio = variance / true_variance
     terms = ratio + (mean - true_mean).square() / true_variance - 1 - ratio.log()
-    return 0.5 * terms.flatten(1).mean(1)
+    return 0.5 * terms.reshape(len(terms), -1).mean(1)
 
 
 def _moments(y: Tensor, mean: Tensor, squares: Tensor, members: int) -> tuple[Tensor, Tensor]:
     after = mean + (y - mean) / (members + 1)
     return after, squares + (y - mean) * (y - after)
+
+
+def _nan_last(scores: Tensor) -> Tensor:
+    """As a minimum should see them: torch's argmin takes NaN for the smallest."""
+    return scores.nan_to_num(nan=torch.inf)
 
 
 def _scores(score: Score, y: Tensor, mean: Tensor, squares: Tensor, members: int) -> Tensor:

@@ -1,7 +1,7 @@
 """BatchNorm of prefixes: each is normalized alone, as its path would be, with the parameters of its option.
 
 Running statistics of an option are updated once for each prefix that ends in it, in the order of the prefixes: n
-updates r <- (1 - m) r + m s_j become r <- (1 - m)^n r + sum_j m (1 - m)^(n - 1 - j) s_j, one product for all options.
+updates r <- (1 - m) r + m s_j become r <- (1 - m)^n r + sum_j m (1 - m)^(n - 1 - j) s_j, one sum for all options.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _track(norm: nn.Module, mean: Tensor, var: Tensor, option: Tensor) -> None:
     else:
         later = counts[option] - (is_of.cumsum(0) * is_of).sum(1)  # prefixes of the same option that are yet to come
         factor, kept = momentum * (1 - momentum) ** later.to(wide), (1 - momentum) ** counts.to(wide)
-    weights = (is_of * factor.unsqueeze(1)).t().to(mean.dtype)
+    is_of, factor = is_of.t().bool().unsqueeze(2), factor.to(mean.dtype).unsqueeze(1)
     for running, seen in ((norm.running_mean, mean), (norm.running_var, var)):
-        running.mul_(kept.to(running.dtype).unsqueeze(1)).add_(weights @ seen)
+        own = torch.where(is_of, factor * seen, 0)  # [K, U, C]: no product, in which NaN of one option would reach all
+        running.mul_(kept.to(running.dtype).unsqueeze(1)).add_(own.sum(1))
     before.add_(counts)

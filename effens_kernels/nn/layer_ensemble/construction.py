@@ -57,7 +57,7 @@ def layers_of(model: nn.Sequential) -> list[nn.Module]:
         groups[-1].append(module)
     if not begun:
         reject("LayerEnsemble", "model", "of at least one module with parameters", "none")
-    return [group[0] if len(group) == 1 else nn.Sequential(*group).train(model.training) for group in groups]
+    return [group[0] if len(group) == 1 else sequential(group, model.training) for group in groups]
 
 
 def options_per_layer(num_options: int | Sequence[int], layers: int) -> list[int]:
@@ -102,6 +102,13 @@ def check_chain(layers: list[list[nn.Module]]) -> None:
                     expected = f"a layer of {first[1]} {what} {first[0]}, as option 0"
                     reject("LayerEnsemble", place, expected, f"one of {mine[1]} {mine[0]}")
         before = ends[0][1]
+
+
+def sequential(modules: Iterable[nn.Module], training: bool) -> nn.Sequential:
+    """In this mode itself; `train` would also change that of its modules."""
+    model = nn.Sequential(*modules)
+    model.training = training
+    return model
 
 
 def _flat(module: nn.Module) -> list[nn.Module]:

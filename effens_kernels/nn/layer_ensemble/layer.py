@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...ops._checks import reject
 from .._layout import has_hooks
+from .construction import sequential
 from .prefix_tree import Level, Places, Run
-from .stages import BatchNorm, Convolution, Each, LayerNorm, Linear, Plain, Stage, fused_name
+from .stages import BatchNorm, Convolution, Each, LayerNorm, Linear, Plain, Stage, fused_name, softmax_of_rows
 
 # Without gradients, options that are computed one by one take so many bytes of images at a time: results go where they
 # belong while they are in cache, and what lies between the stages of an option stays small.
@@ -47,7 +48,7 @@ class Layer(nn.ModuleList):
 
     def plain(self, k: int) -> nn.Module:
         modules = [module for stage in self for module in stage.plain(k)]
-        return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+        return modules[0] if len(modules) == 1 else sequential(modules, self.training)
 
 
 def _together(held: list[Tensor], level: Level, stages: list[Stage]) -> Tensor:
@@ -180,7 +181,7 @@ def _kind(module: nn.Module) -> type[Stage]:
         return BatchNorm
     if kind is nn.LayerNorm:
         return LayerNorm
-    mixes = isinstance(module, _BatchNorm)
+    mixes = isinstance(module, _BatchNorm) or softmax_of_rows(module)
     has_state = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
     return Each if mixes or has_state or any(True for _ in module.children()) else Plain
 

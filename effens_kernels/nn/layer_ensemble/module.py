@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...ops._checks import reject
 from .._layout import positive
 from . import paths
-from .construction import check_chain, fresh_copy, layers_of, options_per_layer, read_layers
+from .construction import check_chain, fresh_copy, layers_of, options_per_layer, read_layers, sequential
 from .layer import Layer
 from .prefix_tree import PrefixTree, TreeCache
 
@@ -96,7 +96,10 @@ class LayerEnsemble(nn.Module):
             _freeze(self.prior)
         self._trees = TreeCache()
         self.samples = samples
-        self.train(any(option.training for of_layer in options for option in of_layer))
+        # Modules keep their modes, as BatchNorm that is frozen in a model in training.
+        self.training = any(option.training for of_layer in options for option in of_layer)
+        for holder in (self.layers, *self.layers):
+            holder.training = self.training
 
     # -------------------------------------------------------------------------------------------------- constructors
 
@@ -270,7 +273,7 @@ class LayerEnsemble(nn.Module):
         """One path as a plain model, with copies of its parameters; without the prior."""
         options = torch.as_tensor(options)
         (chosen,) = self._checked(options.unsqueeze(0)).tolist()
-        return nn.Sequential(*[layer.plain(k) for layer, k in zip(self.layers, chosen)])
+        return sequential([layer.plain(k) for layer, k in zip(self.layers, chosen)], self.training)
 
     def train(self, mode: bool = True) -> LayerEnsemble:
         super().train(mode)

@@ -52,6 +52,7 @@ class PrefixTree:
         inverse: `[S]`, which prefix of the last layer each path is; None: they are in the order of the paths.
     """
 
+    @torch.inference_mode(False)  # a tree that was first needed there also serves training
     def __init__(self, samples: Tensor, num_options: Sequence[int]) -> None:
         self.num_paths, self.num_options = len(samples), tuple(num_options)
         levels = []
@@ -84,8 +85,9 @@ class PrefixTree:
         if device not in self._elsewhere:
             tree = object.__new__(PrefixTree)
             tree.num_paths, tree.num_options, tree._elsewhere = self.num_paths, self.num_options, {}
-            tree.inverse = None if self.inverse is None else self.inverse.to(device)
-            tree.levels = tuple(_moved(level, device) for level in self.levels)
+            with torch.inference_mode(False):
+                tree.inverse = None if self.inverse is None else self.inverse.to(device)
+                tree.levels = tuple(_moved(level, device) for level in self.levels)
             self._elsewhere[device] = tree
         return self._elsewhere[device]
 

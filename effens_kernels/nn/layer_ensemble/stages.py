@@ -226,8 +226,8 @@ class Plain(Stage):
 class Each(Stage):
     """Modules of any kind, called one after the other, each with the rows of all prefixes that end in it.
 
-    So they have to take rows one by one.  What is known not to, BatchNorm inside that is training, is called once per
-    prefix.
+    So they have to take rows one by one.  What is known not to, BatchNorm inside that is training and softmax over the
+    rows, is called once per prefix.  Modules that may overwrite their input get a copy, since prefixes share theirs.
     """
 
     batched = False
@@ -236,16 +236,15 @@ class Each(Stage):
         nn.Module.__init__(self)
         self.num_options = len(modules)
         self.options = nn.ModuleList(copy.deepcopy(module) for module in modules)
-        self._overwrites = any(getattr(m, "inplace", False) for m in self.options.modules())
+        self._overwrites = any(_may_overwrite(m) for option in self.options for m in option.modules())
         self.training = modules[0].training
 
     def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
         module = self.options[k]
-        if self._overwrites and not fresh:
-            x = x.clone()
         if prefixes > 1 and any(_mixes_rows(m) for m in module.modules()):
-            return torch.cat([module(rows) for rows in x.chunk(prefixes)])
-        return module(x)
+            parts = x.chunk(prefixes)  # views, which autograd does not let anybody overwrite
+            return torch.cat([module(rows.clone() if self._overwrites else rows) for rows in parts])
+        return module(x.clone() if self._overwrites and not fresh else x)
 
     def plain(self, k: int) -> list[nn.Module]:
         return [copy.deepcopy(self.options[k])]
@@ -254,8 +253,19 @@ class Each(Stage):
         return f"num_options={self.num_options}"
 
 
+def softmax_of_rows(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmin)) and module.dim == 0
+
+
 def _mixes_rows(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and _batch_norm.takes_batch_statistics(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return _batch_norm.takes_batch_statistics(module)
+    return softmax_of_rows(module)
+
+
+def _may_overwrite(module: nn.Module) -> bool:
+    """What torch.nn's modules say of themselves; of others nothing is known."""
+    return getattr(module, "inplace", False) or not type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _activated(x: Tensor, kind: type[nn.Module] | None, otherwise: Callable[[Tensor], Tensor]) -> Tensor:
