@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from effens_kernels import _dispatch, _native
 from effens_kernels.nn import LayerEnsemble
 from effens_kernels.nn.layer_ensemble import layer as layer_file
+from effens_kernels.nn.layer_ensemble.layer import spans
 from effens_kernels.nn.layer_ensemble.prefix_tree import PrefixTree
 from examples.activation_memory import ActivationMemory
 
@@ -768,3 +769,23 @@ def test_options_of_different_results(grad):
     model = LayerEnsemble([[nn.Sequential(nn.Flatten(), Residual(5)), nn.Sequential(nn.AdaptiveAvgPool1d(4))]])
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r"LayerEnsemble: .*result"):
         run(model, model.all_paths())
+
+
+def test_members_of_a_deep_ensemble_of_convolutions_run_one_by_one_from_end_to_end():
+    plain = nn.Sequential(*(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU()) for _ in range(3)))
+    model = LayerEnsemble.from_model(plain, 3).double()
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    counts = {}
+    for name, samples in {
+        "diagonal": [[0, 0, 0], [1, 1, 1], [2, 2, 2]],
+        "any order": [[2, 2, 2], [0, 0, 0], [1, 1, 1]],
+        "crossed": [[0, 1, 0], [1, 0, 1], [2, 2, 2]],
+        "shared": [[0, 0, 0], [0, 1, 1], [2, 2, 2]],
+    }.items():
+        samples = torch.tensor(samples)
+        levels = model.tree(samples).levels
+        counts[name] = [1 + len(onward) for _, _, onward in spans(model.layers, levels)]
+        with torch.no_grad():
+            expected = torch.stack([model.path(path)(x) for path in samples])
+            torch.testing.assert_close(model(x, samples), expected)
+    assert counts == {"diagonal": [3], "any order": [2, 1], "crossed": [1, 1, 1], "shared": [1, 2]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,18 @@ class Layer(nn.ModuleList):
         # How many come before the first that has parameters: these are the same for all options.
         self._leading = next((n for n, stage in enumerate(stages) if not isinstance(stage, Plain)), len(stages))
 
-    def forward(self, held: list[Tensor], level: Level) -> Tensor:
-        """[U, B, ...] from x [P, B, ...], the only element of `held`, which is taken out to be freed on the way."""
+    @property
+    def batched(self) -> bool:
+        """Whether all options are computed in one call of each stage, and not one by one."""
+        return all(stage.batched for stage in list(self._modules.values())[self._leading :])
+
+    def forward(self, held: list[Tensor], level: Level, onward: Sequence[Layer] = ()) -> Tensor:
+        """[U, B, ...] from x [P, B, ...], the only element of `held`, which is taken out to be freed on the way.
+
+        `onward`: layers that each prefix goes on to by an option of the same number, as options come one by one.
+        """
         stages = list(self._modules.values())
-        rest = stages[self._leading :]
+        rest = stages[self._leading :] + [stage for layer in onward for stage in layer]
         x = held.pop()
         fresh = False
         for stage in stages[: self._leading]:  # once for each prefix before
@@ -44,11 +52,28 @@ class Layer(nn.ModuleList):
             fresh = _is_new(stage)
         held.append(x)
         del x
-        return (_together if all(stage.batched for stage in rest) else _option_by_option)(held, level, rest)
+        return (_together if self.batched else _option_by_option)(held, level, rest)
 
     def plain(self, k: int) -> nn.Module:
         modules = [module for stage in self for module in stage.plain(k)]
         return modules[0] if len(modules) == 1 else sequential(modules, self.training)
+
+
+def spans(layers: Iterable[Layer], levels: Iterable[Level]) -> list[tuple[Layer, Level, list[Layer]]]:
+    """Each layer with its level, and the layers after it that one option at a time can go on to without a gathering.
+
+    In a Deep Ensemble of convolutions that is the whole network, member by member.
+    """
+    found: list[tuple[Layer, Level, list[Layer]]] = []
+    before: Level | None = None
+    for layer, level in zip(layers, levels):
+        goes_on = before is not None and before.is_diagonal and level.is_step and level.is_diagonal
+        if goes_on and not layer.batched and not found[-1][0].batched:
+            found[-1][2].append(layer)
+        else:
+            found.append((layer, level, []))
+        before = level
+    return found
 
 
 def _together(held: list[Tensor], level: Level, stages: list[Stage]) -> Tensor:

@@ -12,7 +12,7 @@ from ...ops._checks import reject
 from .._layout import positive
 from . import paths
 from .construction import check_chain, fresh_copy, layers_of, options_per_layer, read_layers, sequential
-from .layer import Layer
+from .layer import Layer, spans
 from .prefix_tree import PrefixTree, TreeCache
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -264,8 +264,8 @@ class LayerEnsemble(nn.Module):
     def _run(self, input: Tensor, tree: PrefixTree) -> Tensor:
         """[U, B, ...], the paths without repetitions."""
         held = [input.unsqueeze(0)]
-        for layer, level in zip(self.layers, tree.levels):
-            held.append(layer(held, level))  # which takes out what it was given, and frees it
+        for layer, level, onward in spans(self.layers, tree.levels):
+            held.append(layer(held, level, onward))  # which takes out what it was given, and frees it
         return held.pop()
 
     @torch.no_grad()
