@@ -3,5 +3,6 @@
 from ._ensemble import Ensemble
 from .convert import convert
 from .mixture import MixtureEnsemble
+from .stack import StackedEnsemble, stack, unstack
 
-__all__ = ["Ensemble", "MixtureEnsemble", "convert"]
+__all__ = ["Ensemble", "MixtureEnsemble", "StackedEnsemble", "convert", "stack", "unstack"]
