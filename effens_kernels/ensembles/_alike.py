@@ -54,12 +54,17 @@ def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _check_one(model: nn.Module, path: str) -> None:
     """What no model may have."""
+    for name, tensor in _state(model):
+        if isinstance(tensor, UninitializedTensorMixin):
+            reject("stack", f"{path}.{name}", "initialized (run a lazy module once)", type(tensor).__name__)
     registered = {id(module) for module in model.modules()} | {id(tensor) for _, tensor in _state(model)}
     for at, module in model.named_modules():
         here = f"{path}.{at}" if at else path
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
             reject("stack", here, "a Python module", f"{kind}, a TorchScript one")
+        if isinstance(vars(module).get("_plain"), nn.Module):
+            reject("stack", here, "a plain module", kind)
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             reject("stack", here, "a plain module", f"{kind} (stack its .module, and wrap the ensemble)")
         if hasattr(module, "_orig_mod"):
@@ -75,8 +80,6 @@ def _check_one(model: nn.Module, path: str) -> None:
                 _refuse_hidden(f"{here}.{name}", value, registered)
     for name, tensor in _state(model):
         here = f"{path}.{name}"
-        if isinstance(tensor, UninitializedTensorMixin):
-            reject("stack", here, "initialized (run a lazy module once)", type(tensor).__name__)
         if tensor.is_quantized or tensor.layout is not torch.strided:
             what = "a quantized tensor" if tensor.is_quantized else f"layout {tensor.layout}"
             reject("stack", here, "a dense (strided) tensor", what)

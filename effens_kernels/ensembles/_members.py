@@ -8,7 +8,8 @@ take all members together.  Everything else is left to torch.func's own rules.
     F.scaled_dot_product_attention    one attention on the rows of all members
     nn.MultiheadAttention             these two
     nn.LSTM, GRU, RNN                 one call per member
-    norms, embeddings, pooling, ...   torch.func's rules, all members in one call
+    F.embedding                       torch.func's rule, which does not know padding_idx
+    norms, pooling, ...               torch.func's rules, all members in one call
 """
 
 from __future__ import annotations
@@ -35,15 +36,26 @@ class Fused(TorchFunctionMode):
     def __init__(self, members: int, training: bool) -> None:
         super().__init__()
         self.members, self.training = members, training
+        self.saving = _saving()
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
         rule = RULES.get(func)
+        if rule is not None and self.saving != _saving():
+            raise RuntimeError(SAVING)
         if torch.compiler.is_compiling() and getattr(func, "__name__", None) == "unflatten":
             rule = _unflatten  # torch.compile cannot trace this method beneath a mode, nor find it in a table
         return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
+
+
+SAVING = "saved_tensors_hooks within a member"
+
+
+def _saving() -> object:
+    """Who takes what autograd saves; torch.utils.checkpoint does, to compute it again when vmap is long over."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _suits(x: Tensor, *others: Tensor | None) -> bool:
@@ -127,6 +139,22 @@ def _attention(
     return _member_calls.attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
 
 
+def _embedding(
+    mode: Fused, input: Tensor, weight: Tensor, padding_idx: int | None = None, *more: object, **options: object
+) -> Tensor:
+    if padding_idx is None:
+        return F.embedding(input, weight, None, *more, **options)
+    # torch.func's rule lets gradients of padding through, for all members but the first (torch 2.13).
+    y = F.embedding(input, weight, None, *more, **options)
+    return torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), y.detach(), y)
+
+
+def _embedding_beneath(mode: Fused, weight: Tensor, input: Tensor, padding_idx: int = -1, *options: object) -> Tensor:
+    """What F.embedding calls, which is all that torch.compile shows."""
+    y = torch.embedding(weight, input, -1, *options)
+    return y if padding_idx < 0 else torch.where((input == padding_idx).unsqueeze(-1), y.detach(), y)
+
+
 def _recurrent(kind: str, mode: Fused, x: Tensor, *arguments: object) -> object:
     if not isinstance(arguments[2], bool):  # a packed sequence
         return _member_calls.RECURRENT[kind](x, *arguments)
@@ -159,6 +187,8 @@ RULES: dict[Callable, Callable] = {
     F.linear: _linear,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
+    F.embedding: _embedding,
+    torch.embedding: _embedding_beneath,
     **{getattr(F, f"conv{n}d"): partial(_convolution, getattr(F, f"conv{n}d"), n) for n in (1, 2, 3)},
     **{
         getattr(F, f"conv_transpose{n}d"): partial(_transposed, getattr(F, f"conv_transpose{n}d"), n) for n in (1, 2, 3)
@@ -211,6 +241,11 @@ REASONS = (
         "must override the setup_context staticmethod",
         "an autograd.Function there (torch.utils.checkpoint is one) "
         "has no rule for torch.func.vmap; a checkpoint goes around the whole ensemble",
+    ),
+    (
+        SAVING,
+        "torch.utils.checkpoint there would compute again after torch.func.vmap is over; a checkpoint goes around the "
+        "whole ensemble",
     ),
     ("Batching rule not implemented", "torch.func has no rule to run this operation for all members"),
 )

@@ -99,7 +99,7 @@ class StackedEnsemble(_Part):
             raise explained(error, self._plain) from error
 
     def _together(self, leaves: list[object], spec: pytree.TreeSpec, dims: list[int | None]) -> object:
-        parameters, buffers = dict(self.named_parameters()), dict(self.named_buffers())
+        parameters, buffers = self._state("_parameters"), self._state("_buffers")
         training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
         mode = Fused(self.num_members, training)
         found: list[object] = []  # what is not mapped: the result without its tensors, and names
@@ -108,7 +108,8 @@ class StackedEnsemble(_Part):
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             state = {**parameters, **buffers}
             with mode:
-                y = functional_call(self._plain, state, args, kwargs)  # puts into `state` what the code assigned
+                # Puts into `state` what the code assigned.
+                y = functional_call(self._plain, state, args, kwargs, tie_weights=False)
             values, arrangement = pytree.tree_flatten(y)
             mapped = [isinstance(v, Tensor) for v in values]
             assigned = [name for name, buffer in buffers.items() if state[name] is not buffer]
@@ -118,9 +119,7 @@ class StackedEnsemble(_Part):
         results = iter(vmap(run, (0, 0, *dims), randomness=self.randomness)(parameters, buffers, *leaves))
         arrangement, mapped, values, assigned = found
         values = [next(results) if m else v for v, m in zip(values, mapped)]
-        for name, value in zip(assigned, results):
-            with torch.no_grad():
-                buffers[name].copy_(value)
+        _keep(buffers, dict(zip(assigned, results)))
         return pytree.tree_unflatten(values, arrangement)
 
     def _alone(self, member: int, args: tuple, kwargs: dict[str, object]) -> object:
@@ -129,12 +128,34 @@ class StackedEnsemble(_Part):
         if not -self.num_members <= member < self.num_members:
             expected = f"in [-{self.num_members}, {self.num_members})"
             reject("StackedEnsemble", "member", expected, repr(member), IndexError)
-        state = {name: t[member] for name, t in (*self.named_parameters(), *self.named_buffers())}
-        return functional_call(self._plain, state, args, kwargs)
+        parameters, buffers = ({n: t[member] for n, t in self._state(k).items()} for k in ("_parameters", "_buffers"))
+        state = {**parameters, **buffers}
+        result = functional_call(self._plain, state, args, kwargs, tie_weights=False)
+        _keep(buffers, {name: state[name] for name in buffers if state[name] is not buffers[name]})
+        return result
+
+    def _state(self, kind: str) -> dict[str, Tensor]:
+        """Each place of a tensor once, where its module is first: what is tied is in several.
+
+        functional_call, if it is to tie them, puts back the wrong tensors where a module has two names (torch 2.13).
+        """
+        return {
+            f"{path}.{name}" if path else name: tensor
+            for path, part in self.named_modules()
+            for name, tensor in getattr(part, kind).items()
+            if tensor is not None
+        }
 
     def __repr__(self) -> str:
         plain = repr(self._plain).replace("\n", "\n  ")
         return f"StackedEnsemble(\n  num_members={self.num_members}, each\n  {plain}\n)"
+
+
+@torch.no_grad()
+def _keep(buffers: dict[str, Tensor], assigned: dict[str, Tensor]) -> None:
+    """What the members' code assigned to buffers, rather than to change them in place."""
+    for name, value in assigned.items():
+        buffers[name].copy_(value)
 
 
 @torch.no_grad()

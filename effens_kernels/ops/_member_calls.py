@@ -72,10 +72,11 @@ def _attention(q, k, v, mask, causal, scale, grouped):
 
 def _vmap_attention(info, in_dims, q, k, v, mask, *options):
     size = info.batch_size
-    axes = max(t.dim() - (d is not None) for t, d in zip((q, k, v), in_dims))  # of one instance
+    rank = max(t.dim() - (d is not None) for t, d in zip((q, k, v), in_dims))  # of an instance
+    axes = max(rank, 3)
 
     def whole(t: Tensor, dim: int | None) -> Tensor:
-        """[V, ...] of as many axes as an instance of q, k and v has."""
+        """[V, ..., heads, rows, features], with all axes that q, k or v has."""
         t = t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
         return t.reshape(t.shape[0], *(1,) * (axes + 1 - t.dim()), *t.shape[1:])
 
@@ -86,12 +87,13 @@ def _vmap_attention(info, in_dims, q, k, v, mask, *options):
         mask = whole(mask, in_dims[3])
         mask = _fold(mask.expand(*leading, *mask.shape[-3:]))
     y = attention(*(_fold(t.expand(*leading, *t.shape[-3:])) for t in folded), mask, *options)
-    return y.reshape(*leading, *y.shape[-3:]) if axes > 2 else y.reshape(size, *y.shape[-2:]), 0
+    y = y.reshape(*leading, *y.shape[-3:])
+    return y if rank > 2 else y.squeeze(1), 0
 
 
 def _fold(t: Tensor) -> Tensor:
     """Four axes, for which there are kernels: batch, heads, rows, features."""
-    return t.flatten(0, -4) if t.dim() > 4 else t if t.dim() == 4 else t.unsqueeze(0)
+    return t.flatten(0, -4)
 
 
 attention = _define(
