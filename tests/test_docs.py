@@ -20,7 +20,7 @@ PUBLIC = [
     for name in package.__all__
     if not inspect.ismodule(getattr(package, name))
 ]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "mixture-ensembles.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("mixture-ensembles.md", "your-model.md"))]
 
 
 def modules() -> list[str]:

@@ -155,6 +155,19 @@ def _embedding_beneath(mode: Fused, weight: Tensor, input: Tensor, padding_idx: 
     return y if padding_idx < 0 else torch.where((input == padding_idx).unsqueeze(-1), y.detach(), y)
 
 
+def _norm(plain: Callable, mode: Fused, input: Tensor, *more: object, **options: object) -> Tensor:
+    """Under autocast, input of 16 bits meets statistics and parameters of 32, which torch.func's rules do not take."""
+    dtypes = [t.dtype for t in (*more, *options.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    if all(dtype == input.dtype for dtype in dtypes):
+        return plain(input, *more, **options)
+    wide = torch.promote_types(input.dtype, dtypes[0])
+    return plain(input.to(wide), *more, **options).to(input.dtype)
+
+
+def _prelu(mode: Fused, input: Tensor, weight: Tensor) -> Tensor:
+    return F.prelu(input, weight.to(input.dtype))
+
+
 def _recurrent(kind: str, mode: Fused, x: Tensor, *arguments: object) -> object:
     if not isinstance(arguments[2], bool):  # a packed sequence
         return _member_calls.RECURRENT[kind](x, *arguments)
@@ -188,6 +201,12 @@ RULES: dict[Callable, Callable] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
     F.embedding: _embedding,
+    F.prelu: _prelu,
+    **{
+        plain: partial(_norm, plain)
+        for name in ("batch_norm", "group_norm", "instance_norm")
+        for plain in (getattr(F, name), getattr(torch, name))
+    },
     torch.embedding: _embedding_beneath,
     **{getattr(F, f"conv{n}d"): partial(_convolution, getattr(F, f"conv{n}d"), n) for n in (1, 2, 3)},
     **{

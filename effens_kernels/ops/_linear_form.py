@@ -118,7 +118,8 @@ class LinearForm:
 
     def _fwd_derivative(self, ctx, grad_y, grad_z):
         count = len(self.factors)
-        factors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them a single time
+        factors, saved = tensors[:count], tensors[count:]
         if ctx.recompute:
             saved = [self.fwd_op(*factors, *saved, None, False, ctx.backend)[0]]
         if grad_z is not None and grad_z.numel() == 0:
