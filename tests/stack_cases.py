@@ -54,7 +54,7 @@ class Tied(nn.Module):
 
 
 class Rows(nn.Module):
-    """Linear layers on tensors of one, two and four axes; weights that members share; a bias alone differs."""
+    """Linear layers on tensors of one, two and four axes; there and in convolutions, weights that members share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,6 +66,8 @@ class Rows(nn.Module):
         rows = torch.stack([self.linear(row) for row in x])
         four = self.linear(x[:, None, None].expand(-1, 2, 1, -1)).sum((1, 2))
         shared = F.linear(rows + four, torch.ones(2, 5, dtype=x.dtype), self.bias)
+        images = F.conv1d(x[:, None], torch.ones(2, 1, 6, dtype=x.dtype), self.bias)
+        shared = shared + images.squeeze(-1) + F.conv1d(rows[:, None], torch.ones(2, 1, 5, dtype=x.dtype)).squeeze(-1)
         return shared + F.linear(rows, self.constant) + F.linear(x, self.linear.weight)[:, :2]
 
 

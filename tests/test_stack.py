@@ -173,17 +173,25 @@ def test_a_convolution_per_member():
     assert sum(event.name == "aten::convolution" for event in profile.events()) == E
 
 
-@pytest.mark.parametrize("per_member", [False, True], ids=["shared", "per_member"])
-def test_channels_last_stays(per_member):
+def test_channels_last_stays():
     models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).to(memory_format=torch.channels_last) for _ in range(E)]
     ensemble = ek.stack(models)
     assert ensemble.get_parameter("0.weight")[1].is_contiguous(memory_format=torch.channels_last)
-    x = torch.randn(E, B, 3, 8, 8)[slice(None) if per_member else 0]
-    x = x.flatten(0, -4).to(memory_format=torch.channels_last).view_as(x) if not per_member else x
-    y = ensemble(x, per_member=per_member)
-    if not per_member:
-        assert y[1].is_contiguous(memory_format=torch.channels_last)
+    x = torch.randn(B, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert ensemble(x)[1].is_contiguous(memory_format=torch.channels_last)
     assert ek.unstack(ensemble)[1][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@NO_RULE
+def test_networks_of_channels_last_images():
+    def network() -> nn.Module:
+        layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)
+        ends = nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        return nn.Sequential(*layers, *ends).to(memory_format=torch.channels_last)
+
+    models = [network() for _ in range(E)]
+    x = torch.randn(B, 3, 8, 8).to(memory_format=torch.channels_last)
+    close(ek.stack(models)(x), torch.stack([model(x) for model in models]))
 
 
 # ------------------------------------------------------------------------------------------------------- randomness

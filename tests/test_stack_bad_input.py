@@ -192,6 +192,10 @@ CANNOT = {
     "store": (store_shared, "writes values of each member into a tensor that all members share"),
     "checkpoint": (lambda linear, x: checkpoint(linear, x, use_reentrant=False), "goes around the whole ensemble"),
     "reentrant": (lambda linear, x: checkpoint(linear, x, use_reentrant=True), "goes around the whole ensemble"),
+    "format": (
+        lambda linear, x: linear(x)[:, None, None].contiguous(memory_format=torch.channels_last),
+        "x.to(memory_format=...) can be mapped",
+    ),
     "shapes": (lambda linear, x: linear(x) @ torch.ones(5, 5), "failed (PyTorch:"),
 }
 

@@ -202,6 +202,14 @@ def test_moves():
     assert all(p.dtype == torch.float64 for p in ensemble.double().parameters())
     assert ensemble(torch.randn(B, 6, dtype=torch.float64)).dtype == torch.float64
     assert ensemble.norm.num_batches_tracked.dtype == torch.int64
+    expected = ensemble(torch.ones(B, 6, dtype=torch.float64))
+    moved = ensemble.to(torch.float32, memory_format=torch.channels_last)
+    assert moved is ensemble
+    assert moved.strided.weight[2].is_contiguous(memory_format=torch.channels_last)
+    assert not moved.strided.weight[2].is_contiguous()
+    torch.testing.assert_close(moved(torch.ones(B, 6)).double(), expected, rtol=1e-3, atol=1e-3)
+    assert moved.to(memory_format=torch.contiguous_format).strided.weight.is_contiguous()
+    ensemble = ensemble.double()
     assert ensemble.to("meta")(torch.randn(B, 6, dtype=torch.float64, device="meta")).shape == (E, B, 3)
 
 

@@ -157,11 +157,19 @@ def _embedding_beneath(mode: Fused, weight: Tensor, input: Tensor, padding_idx: 
 
 def _norm(plain: Callable, mode: Fused, input: Tensor, *more: object, **options: object) -> Tensor:
     """Under autocast, input of 16 bits meets statistics and parameters of 32, which torch.func's rules do not take."""
+    if plain in (F.group_norm, torch.group_norm):  # asks for a memory format, which torch.func has no answer to
+        input = input.contiguous()
     dtypes = [t.dtype for t in (*more, *options.values()) if isinstance(t, Tensor) and t.is_floating_point()]
     if all(dtype == input.dtype for dtype in dtypes):
         return plain(input, *more, **options)
     wide = torch.promote_types(input.dtype, dtypes[0])
     return plain(input.to(wide), *more, **options).to(input.dtype)
+
+
+def _pooled(mode: Fused, input: Tensor, output_size: object) -> Tensor:
+    if output_size in (1, (1, 1), [1, 1]):  # what it is; torch.func loops over members where images are channels_last
+        return input.mean((-2, -1), keepdim=True)
+    return F.adaptive_avg_pool2d(input, output_size)
 
 
 def _prelu(mode: Fused, input: Tensor, weight: Tensor) -> Tensor:
@@ -202,6 +210,7 @@ RULES: dict[Callable, Callable] = {
     F.multi_head_attention_forward: _multi_head,
     F.embedding: _embedding,
     F.prelu: _prelu,
+    F.adaptive_avg_pool2d: _pooled,
     **{
         plain: partial(_norm, plain)
         for name in ("batch_norm", "group_norm", "instance_norm")
@@ -266,6 +275,7 @@ REASONS = (
         "torch.utils.checkpoint there would compute again after torch.func.vmap is over; a checkpoint goes around the "
         "whole ensemble",
     ),
+    ("memory_format", "torch.func knows one memory format there (x.to(memory_format=...) can be mapped)"),
     ("Batching rule not implemented", "torch.func has no rule to run this operation for all members"),
 )
 

@@ -134,6 +134,17 @@ class StackedEnsemble(_Part):
         _keep(buffers, {name: state[name] for name in buffers if state[name] is not buffers[name]})
         return result
 
+    @torch.no_grad()
+    def to(self, *args: object, memory_format: torch.memory_format | None = None, **kwargs: object) -> StackedEnsemble:
+        """As in torch.nn, with a memory format that of each member's tensors."""
+        if args or kwargs:
+            super().to(*args, **kwargs)
+        if memory_format is not None:
+            for t in (*self.parameters(), *self.buffers()):
+                if t.dim() - 1 == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format, t.dim() - 1):
+                    t.data = _stacked([own.contiguous(memory_format=memory_format) for own in t.unbind()])
+        return self
+
     def _state(self, kind: str) -> dict[str, Tensor]:
         """Each place of a tensor once, where its module is first: what is tied is in several.
 

