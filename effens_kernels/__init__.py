@@ -3,7 +3,7 @@
 from . import ensembles, metrics, nn
 from ._config import show_config
 from ._version import __version__
-from .ensembles import convert
+from .ensembles import convert, stack, unstack
 from .ops import (
     ensemble_mlp,
     grouped_linear,
@@ -44,4 +44,6 @@ __all__ = [
     "rank1_linear",
     "rank1_mlp",
     "show_config",
+    "stack",
+    "unstack",
 ]

@@ -20,7 +20,8 @@ PUBLIC = [
     for name in package.__all__
     if not inspect.ismodule(getattr(package, name))
 ]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("mixture-ensembles", "layer-ensembles"))]
+GUIDES = "mixture-ensembles", "layer-ensembles", "your-model"
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
 def modules() -> list[str]:

@@ -7,5 +7,16 @@ from ._ensemble import Ensemble
 from .convert import convert
 from .mixture import MixtureEnsemble
 from .ranking import PathRanking, gaussian_kl, rank_paths
+from .stack import StackedEnsemble, stack, unstack
 
-__all__ = ["Ensemble", "MixtureEnsemble", "PathRanking", "convert", "gaussian_kl", "rank_paths"]
+__all__ = [
+    "Ensemble",
+    "MixtureEnsemble",
+    "PathRanking",
+    "StackedEnsemble",
+    "convert",
+    "gaussian_kl",
+    "rank_paths",
+    "stack",
+    "unstack",
+]

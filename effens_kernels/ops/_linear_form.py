@@ -127,7 +127,8 @@ class LinearForm:
         ctx.set_materialize_grads(False)
 
     def _fwd_derivative(self, ctx, grad_y, grad_z):
-        operands, saved = ctx.saved_tensors[: self.operand_count], ctx.saved_tensors[self.operand_count :]
+        tensors = ctx.saved_tensors  # once: torch.utils.checkpoint gives them a single time
+        operands, saved = tensors[: self.operand_count], tensors[self.operand_count :]
         if ctx.recompute:
             saved = [self.fwd_op(*operands, *saved, None, False, ctx.backend)[0]]
         if grad_z is not None and grad_z.numel() == 0:

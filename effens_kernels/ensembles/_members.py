@@ -1,0 +1,301 @@
+"""What a member's own forward code runs as, when all members run it at once under torch.func.vmap.
+
+A mode sees every call of PyTorch that the code makes, wherever it is made from, and sends those of RULES to ops that
+take all members together.  Everything else is left to torch.func's own rules.
+
+    F.linear                          grouped_linear, all members in one call
+    F.conv1d ... conv_transpose3d     one convolution per member; rows of all members where they share the weight
+    F.scaled_dot_product_attention    one attention on the rows of all members
+    nn.MultiheadAttention             these two
+    nn.LSTM, GRU, RNN                 one call per member
+    F.embedding                       torch.func's rule, which does not know padding_idx
+    norms, pooling, ...               torch.func's rules, all members in one call
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .. import _dispatch
+from ..ops import _member_calls
+from ..ops._checks import DTYPES, autocast
+from ..ops._convolution import read, read_transposed
+from ..ops.grouped_linear import grouped_linear
+
+
+class Fused(TorchFunctionMode):
+    """Calls of `members` members, of which gradients are wanted if `training`."""
+
+    def __init__(self, members: int, training: bool) -> None:
+        super().__init__()
+        self.members, self.training = members, training
+        self.saving = _saving()
+
+    def __torch_function__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None and self.saving != _saving():
+            raise RuntimeError(SAVING)
+        if torch.compiler.is_compiling() and getattr(func, "__name__", None) == "unflatten":
+            rule = _unflatten  # torch.compile cannot trace this method beneath a mode, nor find it in a table
+        return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
+
+
+SAVING = "saved_tensors_hooks within a member"
+
+
+def _saving() -> object:
+    """Who takes what autograd saves; torch.utils.checkpoint does, to compute it again when vmap is long over."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _suits(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether ops of this package take these tensors; PyTorch words what is wrong with them otherwise."""
+    return x.dtype in DTYPES and all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
+
+
+def _linear(mode: Fused, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, w, b = autocast(input, weight, bias)
+    fits = w.dim() == 2 and x.dim() > 0 and x.shape[-1] == w.shape[1] and (b is None or b.shape == w.shape[:1])
+    if not fits or not _suits(x, w, b):
+        return F.linear(input, weight, bias)
+    rows = x.unsqueeze(0) if x.dim() == 1 else x if x.dim() == 2 else x.flatten(0, -2)
+    sizes = mode.members, rows.shape[0], w.shape[1], w.shape[0]
+    problem = _dispatch.Problem("grouped_linear", x.device.type, x.dtype, sizes, x.device.index, mode.training)
+    b = None if b is None else b.unsqueeze(0)
+    y = grouped_linear(rows, w.unsqueeze(0), b, backend=_dispatch.select(problem)).squeeze(0)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def _convolution(
+    plain: Callable,
+    axes: int,
+    mode: Fused,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
+    groups: int = 1,
+) -> Tensor:
+    x, w, b = autocast(input, weight, bias)
+    if not _suits(x, w, b) or w.dim() != axes + 2 or x.dim() not in (axes + 1, axes + 2):
+        return plain(input, weight, bias, stride, padding, dilation, groups)
+    x, options = read(plain.__name__, x, w.shape[2:], stride, padding, dilation, groups)
+    return _images(x, w, b, options, axes)
+
+
+def _transposed(
+    plain: Callable,
+    axes: int,
+    mode: Fused,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    output_padding: object = 0,
+    groups: int = 1,
+    dilation: object = 1,
+) -> Tensor:
+    x, w, b = autocast(input, weight, bias)
+    if not _suits(x, w, b) or w.dim() != axes + 2 or x.dim() not in (axes + 1, axes + 2):
+        return plain(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    options = read_transposed(plain.__name__, axes, stride, padding, output_padding, groups, dilation)
+    return _images(x, w, b, options, axes)
+
+
+def _images(x: Tensor, weight: Tensor, bias: Tensor | None, options: tuple, axes: int) -> Tensor:
+    one = x.dim() == axes + 1
+    y = _member_calls.convolution(x.unsqueeze(0) if one else x, weight, bias, *options)
+    return y.squeeze(0) if one else y
+
+
+def _attention(
+    mode: Fused,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    plain = F.scaled_dot_product_attention
+    if dropout_p > 0.0:  # torch.func maps the composition that drops
+        return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    q, k, v = autocast(query, key, value)
+    return _member_calls.attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+
+
+def _embedding(
+    mode: Fused, input: Tensor, weight: Tensor, padding_idx: int | None = None, *more: object, **options: object
+) -> Tensor:
+    if padding_idx is None:
+        return F.embedding(input, weight, None, *more, **options)
+    # torch.func's rule lets gradients of padding through, for all members but the first (torch 2.13).
+    y = F.embedding(input, weight, None, *more, **options)
+    return torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), y.detach(), y)
+
+
+def _embedding_beneath(mode: Fused, weight: Tensor, input: Tensor, padding_idx: int = -1, *options: object) -> Tensor:
+    """What F.embedding calls, which is all that torch.compile shows."""
+    y = torch.embedding(weight, input, -1, *options)
+    return y if padding_idx < 0 else torch.where((input == padding_idx).unsqueeze(-1), y.detach(), y)
+
+
+def _norm(plain: Callable, mode: Fused, input: Tensor, *more: object, **options: object) -> Tensor:
+    """Under autocast, input of 16 bits meets statistics and parameters of 32, which torch.func's rules do not take."""
+    if plain in (F.group_norm, torch.group_norm):  # asks for a memory format, which torch.func has no answer to
+        input = input.contiguous()
+    dtypes = [t.dtype for t in (*more, *options.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+    if all(dtype == input.dtype for dtype in dtypes):
+        return plain(input, *more, **options)
+    wide = torch.promote_types(input.dtype, dtypes[0])
+    return plain(input.to(wide), *more, **options).to(input.dtype)
+
+
+def _pooled(mode: Fused, input: Tensor, output_size: object) -> Tensor:
+    if output_size in (1, (1, 1), [1, 1]):  # what it is; torch.func loops over members where images are channels_last
+        return input.mean((-2, -1), keepdim=True)
+    return F.adaptive_avg_pool2d(input, output_size)
+
+
+def _prelu(mode: Fused, input: Tensor, weight: Tensor) -> Tensor:
+    return F.prelu(input, weight.to(input.dtype))
+
+
+def _recurrent(kind: str, mode: Fused, x: Tensor, *arguments: object) -> object:
+    if not isinstance(arguments[2], bool):  # a packed sequence
+        return _member_calls.RECURRENT[kind](x, *arguments)
+    state, weights, *options = arguments
+    state = list(state) if kind == "lstm" else [state]
+    return tuple(_member_calls.recurrent(kind, x, state, list(weights), *options))
+
+
+def _seen_through(plain: Callable) -> Callable:
+    """A Python function of torch.nn.functional whose inner calls a mode is to see; itself it must not ask for one."""
+    names = {**vars(F), "has_torch_function": lambda tensors: False}
+    function = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
+    function.__kwdefaults__ = plain.__kwdefaults__
+    return function
+
+
+_multi_head_attention = _seen_through(F.multi_head_attention_forward)
+
+
+def _multi_head(mode: Fused, *args: object, **kwargs: object) -> object:
+    with mode:
+        return _multi_head_attention(*args, **kwargs)
+
+
+def _unflatten(mode: Fused, tensor: Tensor, dim: int, sizes: object) -> Tensor:
+    return torch.unflatten(tensor, dim, sizes)
+
+
+RULES: dict[Callable, Callable] = {
+    F.linear: _linear,
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head,
+    F.embedding: _embedding,
+    F.prelu: _prelu,
+    F.adaptive_avg_pool2d: _pooled,
+    **{
+        plain: partial(_norm, plain)
+        for name in ("batch_norm", "group_norm", "instance_norm")
+        for plain in (getattr(F, name), getattr(torch, name))
+    },
+    torch.embedding: _embedding_beneath,
+    **{getattr(F, f"conv{n}d"): partial(_convolution, getattr(F, f"conv{n}d"), n) for n in (1, 2, 3)},
+    **{
+        getattr(F, f"conv_transpose{n}d"): partial(_transposed, getattr(F, f"conv_transpose{n}d"), n) for n in (1, 2, 3)
+    },
+    **{function: partial(_recurrent, kind) for kind, function in _member_calls.RECURRENT.items()},
+}
+
+
+Settings = list[tuple[nn.Module, str, object]]
+
+
+def without_fast_paths(model: nn.Module) -> Settings:
+    """What keeps torch.nn from kernels that run one member; in eager code it is enough that there is a mode."""
+    settings: Settings = []
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            settings.append((module, "use_nested_tensor", False))
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            settings.append((module, "activation_relu_or_gelu", 0))
+        elif isinstance(module, nn.MultiheadAttention) and not module.training:
+            settings += [(module, "dropout", 0.0), (module, "training", True)]
+    return settings
+
+
+def assign(settings: Settings) -> Settings:
+    """Assign to modules' attributes; returns what undoes it."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in settings]
+    for module, name, value in settings:
+        setattr(module, name, value)
+    return before
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+# What PyTorch says (a part of it), and why that is.
+REASONS = (
+    (".item()", "a tensor that differs between members becomes one Python number there"),
+    ("data-dependent control flow", "which way the code goes would depend on the values of each member"),
+    ("data pointer of Tensor", "values are taken out of PyTorch there (numpy, tolist)"),
+    ("dynamic shape", "the shape of the result would depend on the values of each member"),
+    (
+        "vmapped over but `self` not being vmapped over",
+        "it writes values of each member into a tensor that all members share",
+    ),
+    (
+        "doesn't match the broadcast shape",
+        "it writes values of each member into a tensor that all members share, or shapes do not fit",
+    ),
+    (
+        "must override the setup_context staticmethod",
+        "an autograd.Function there (torch.utils.checkpoint is one) "
+        "has no rule for torch.func.vmap; a checkpoint goes around the whole ensemble",
+    ),
+    (
+        SAVING,
+        "torch.utils.checkpoint there would compute again after torch.func.vmap is over; a checkpoint goes around the "
+        "whole ensemble",
+    ),
+    ("memory_format", "torch.func knows one memory format there (x.to(memory_format=...) can be mapped)"),
+    ("Batching rule not implemented", "torch.func has no rule to run this operation for all members"),
+)
+
+
+def explained(error: RuntimeError, member: nn.Module) -> RuntimeError:
+    """The error with the path of the module in which it happened, and why."""
+    said = str(error).splitlines()[0] if str(error) else repr(error)
+    reason = next((why for part, why in REASONS if part in str(error)), None)
+    words = f"cannot run for all members at once, since {reason}" if reason else "failed"
+    return RuntimeError(f"stack: {_place(error, member)} {words} (PyTorch: {said})")
+
+
+def _place(error: BaseException, member: nn.Module) -> str:
+    paths = {id(module): path for path, module in member.named_modules()}
+    found = member
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in paths:
+            found = owner
+        trace = trace.tb_next
+    path = paths[id(found)]
+    return f"{path} ({type(found).__name__})" if path else f"the model's forward ({type(found).__name__})"

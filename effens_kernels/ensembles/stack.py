@@ -1,0 +1,284 @@
+"""stack: trained models of one architecture as one module that runs them all; unstack gives them back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils import _pytree as pytree
+
+from ..ops._checks import reject
+from ._alike import check_models
+from ._members import Fused, assign, explained, without_fast_paths
+
+RANDOMNESS = ("different", "same")
+
+
+class _Part(nn.Module):
+    """The parameters and buffers of one module, all members' together, under the names of that module."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        # Not registered: it has the member's code and options, and the values of no member.
+        self.__dict__["_plain"] = plain
+
+    def train(self, mode: bool = True) -> _Part:
+        self._plain.train(mode)  # which may have ideas of its own about its parts
+        for part in self.modules():
+            part.training = part._plain.training
+        return self
+
+
+class StackedEnsemble(_Part):
+    """Models of one architecture as one module, as :func:`effens_kernels.stack` makes it.
+
+    .. math:: y_e = f(x_e;\\, \\theta_e), \\qquad e = 1 \\dots E
+
+    with f the forward code of the members' class, run once by `torch.func.vmap` for all of them.  Linear layers,
+    wherever the code has them, are one call of :func:`effens_kernels.grouped_linear`; convolutions and recurrent layers
+    are one call per member, attention one call for the rows of all members, and everything else is mapped by
+    torch.func's rules.
+
+    Parameters and buffers have the names that they have in a member, with the axis of members in front: `[E, ...]`.
+    They are ordinary ones, for optimizers, `state_dict`, `.to` and so on; what members tie stays tied.
+
+    `forward(*args, per_member=False, member=None, **kwargs)` takes a member's arguments.  Every member gets the same
+    tensors, or with `per_member=True` tensors `[E, ...]` of which each gets its own (those without axes are shared all
+    the same).  Every tensor in the model's result comes back as `[E, ...]`, in tuples, lists and dicts as the model
+    arranges them; other values as the model gives them.  With `member=e` that member alone runs, on its own arguments,
+    as plain PyTorch; negative numbers count from the end.  Running statistics are updated as in the members.
+
+    `train()` and `eval()` work as in the members, also on a part: `ensemble.layers[1]` of members' `layers[1]` is a
+    module that holds its parameters, and no more.
+
+    Raises:
+        RuntimeError: the members' code does what cannot be done for all members at once: it takes values out of PyTorch
+            (`.item()`, `.numpy()`), goes where values lead (`if x.sum() > 0`), makes shapes of values (`x[x > 0]`),
+            writes into what members share, calls an operation without a rule.  Named are the module, and why.
+        ValueError: a per-member input is not `[E, ...]`.
+
+    Attributes:
+        num_members: E.
+        randomness: "different" or "same", what dropout and the like do to members.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> ensemble = ek.stack([torch.nn.Linear(8, 4) for _ in range(5)])
+        >>> ensemble.weight.shape
+        torch.Size([5, 4, 8])
+        >>> x = torch.randn(32, 8)
+        >>> torch.allclose(ensemble(x)[2], ensemble(x, member=2), atol=1e-5)
+        True
+        >>> ensemble(torch.randn(5, 32, 8), per_member=True).shape
+        torch.Size([5, 32, 4])
+    """
+
+    def __init__(self, plain: nn.Module, num_members: int, randomness: str) -> None:
+        super().__init__(plain)
+        self.num_members, self.randomness = num_members, randomness
+
+    def forward(self, *args: object, per_member: bool = False, member: int | None = None, **kwargs: object) -> object:
+        if member is not None:
+            return self._alone(member, args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        dims = [0 if per_member and isinstance(t, Tensor) and t.dim() else None for t in leaves]
+        for t, dim in zip(leaves, dims):
+            if dim is not None and t.shape[0] != self.num_members:
+                reject("StackedEnsemble", "input", f"[E={self.num_members}, ...] with per_member=True", t)
+        if torch.compiler.is_compiling():
+            before = assign(without_fast_paths(self._plain))
+            result = self._together(leaves, spec, dims)
+            assign(before)
+            return result
+        try:
+            return self._together(leaves, spec, dims)
+        except RuntimeError as error:
+            raise explained(error, self._plain) from error
+
+    def _together(self, leaves: list[object], spec: pytree.TreeSpec, dims: list[int | None]) -> object:
+        parameters, buffers = self._state("_parameters"), self._state("_buffers")
+        training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
+        mode = Fused(self.num_members, training)
+        found: list[object] = []  # what is not mapped: the result without its tensors, and names
+
+        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *leaves: object) -> list[Tensor]:
+            args, kwargs = pytree.tree_unflatten(leaves, spec)
+            state = {**parameters, **buffers}
+            with mode:
+                # Puts into `state` what the code assigned.
+                y = functional_call(self._plain, state, args, kwargs, tie_weights=False)
+            values, arrangement = pytree.tree_flatten(y)
+            mapped = [isinstance(v, Tensor) for v in values]
+            assigned = [name for name, buffer in buffers.items() if state[name] is not buffer]
+            found.extend((arrangement, mapped, [None if m else v for v, m in zip(values, mapped)], assigned))
+            return [v for v, m in zip(values, mapped) if m] + [state[name] for name in assigned]
+
+        results = iter(vmap(run, (0, 0, *dims), randomness=self.randomness)(parameters, buffers, *leaves))
+        arrangement, mapped, values, assigned = found
+        values = [next(results) if m else v for v, m in zip(values, mapped)]
+        _keep(buffers, dict(zip(assigned, results)))
+        return pytree.tree_unflatten(values, arrangement)
+
+    def _alone(self, member: int, args: tuple, kwargs: dict[str, object]) -> object:
+        if isinstance(member, bool) or not isinstance(member, int):
+            reject("StackedEnsemble", "member", "None or an int", repr(member), TypeError)
+        if not -self.num_members <= member < self.num_members:
+            expected = f"in [-{self.num_members}, {self.num_members})"
+            reject("StackedEnsemble", "member", expected, repr(member), IndexError)
+        parameters, buffers = ({n: t[member] for n, t in self._state(k).items()} for k in ("_parameters", "_buffers"))
+        state = {**parameters, **buffers}
+        result = functional_call(self._plain, state, args, kwargs, tie_weights=False)
+        _keep(buffers, {name: state[name] for name in buffers if state[name] is not buffers[name]})
+        return result
+
+    @torch.no_grad()
+    def to(self, *args: object, memory_format: torch.memory_format | None = None, **kwargs: object) -> StackedEnsemble:
+        """As in torch.nn, with a memory format that of each member's tensors."""
+        if args or kwargs:
+            super().to(*args, **kwargs)
+        if memory_format is not None:
+            for t in (*self.parameters(), *self.buffers()):
+                if t.dim() - 1 == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format, t.dim() - 1):
+                    t.data = _stacked([own.contiguous(memory_format=memory_format) for own in t.unbind()])
+        return self
+
+    def _state(self, kind: str) -> dict[str, Tensor]:
+        """Each place of a tensor once, where its module is first: what is tied is in several.
+
+        functional_call, if it is to tie them, puts back the wrong tensors where a module has two names (torch 2.13).
+        """
+        return {
+            f"{path}.{name}" if path else name: tensor
+            for path, part in self.named_modules()
+            for name, tensor in getattr(part, kind).items()
+            if tensor is not None
+        }
+
+    def __repr__(self) -> str:
+        plain = repr(self._plain).replace("\n", "\n  ")
+        return f"StackedEnsemble(\n  num_members={self.num_members}, each\n  {plain}\n)"
+
+
+@torch.no_grad()
+def _keep(buffers: dict[str, Tensor], assigned: dict[str, Tensor]) -> None:
+    """What the members' code assigned to buffers, rather than to change them in place."""
+    for name, value in assigned.items():
+        buffers[name].copy_(value)
+
+
+@torch.no_grad()
+def stack(models: Sequence[nn.Module], *, randomness: str = "different") -> StackedEnsemble:
+    """One module that runs all of `models`, which are of one architecture, faster than a loop; nothing is lost.
+
+    .. math:: y_e = f(x_e;\\, \\theta_e), \\qquad e = 1 \\dots E
+
+    Args:
+        models: a list of E models of one class, whose modules have the same options; parameters and buffers have the
+            same names, shapes and dtypes.  They are copied and stay as they are.
+        randomness: whether dropout and other random calls are "different" in each member, or the "same" in all.
+
+    Returns:
+        A :class:`StackedEnsemble`, which maps `[B, ...]`, the same for all members, or with `per_member=True`
+        `[E, B, ...]`, to `[E, B, ...]`.
+
+    Raises:
+        TypeError: no list of modules.
+        ValueError: no models; models that differ, of which the first difference is named with its path; models that
+            share a parameter; modules with hooks, and lazy, quantized, TorchScript, compiled or wrapped ones; modules
+            or parameters in plain attributes.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> models = [torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU()) for _ in range(5)]
+        >>> ensemble = ek.stack(models)
+        >>> ensemble(torch.randn(32, 8)).shape
+        torch.Size([5, 32, 16])
+        >>> len(ek.unstack(ensemble))
+        5
+    """
+    check_models(models)
+    if not isinstance(randomness, str) or randomness not in RANDOMNESS:
+        reject("stack", "randomness", f"one of {', '.join(map(repr, RANDOMNESS))}", repr(randomness))
+    memo: dict[int, object] = {}
+    for tensor in (*models[0].parameters(), *models[0].buffers()):
+        memo[id(tensor)] = _like(tensor, torch.empty_like(tensor, device="meta"))
+    ensemble = StackedEnsemble(copy.deepcopy(models[0], memo), len(models), randomness)
+    _fill(ensemble, list(models), {id(ensemble._plain): ensemble}, {})
+    return ensemble
+
+
+def _fill(part: _Part, plain: list[nn.Module], parts: dict[int, _Part], stacked: dict[int, Tensor]) -> None:
+    """The tensors of `plain`, one module of each member, and of all below them, into the part for these.
+
+    What a member has under several names is one object there (`parts` and `stacked`), and so it is here.
+    """
+    part.training = part._plain.training
+    for own, theirs in ((part._parameters, "_parameters"), (part._buffers, "_buffers")):
+        for name, first in getattr(plain[0], theirs).items():
+            if first is not None and id(first) not in stacked:
+                stacked[id(first)] = _like(first, _stacked([getattr(module, theirs)[name] for module in plain]))
+            own[name] = None if first is None else stacked[id(first)]
+    part._non_persistent_buffers_set |= plain[0]._non_persistent_buffers_set
+    for name, below in part._plain._modules.items():
+        if below is None:
+            part._modules[name] = None
+            continue
+        new = id(below) not in parts
+        part._modules[name] = parts.setdefault(id(below), _Part(below))
+        if new:
+            _fill(parts[id(below)], [module._modules[name] for module in plain], parts, stacked)
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """[E, ...], each laid out as it is."""
+    first = tensors[0]
+    dense = torch.empty_like(first).stride()  # keeps the layout of channels_last and the like
+    result = first.new_empty_strided((len(tensors), *first.shape), (first.numel(), *dense))
+    for e, tensor in enumerate(tensors):
+        result[e].copy_(tensor)
+    return result
+
+
+def _like(first: Tensor, values: Tensor) -> Tensor:
+    return nn.Parameter(values, first.requires_grad) if isinstance(first, nn.Parameter) else values
+
+
+@torch.no_grad()
+def unstack(model: StackedEnsemble) -> list[nn.Module]:
+    """The members of an ensemble as models of their own class, with the same bits.
+
+    Args:
+        model: what :func:`effens_kernels.stack` made, trained since or not.
+
+    Returns:
+        E models that share no memory with the ensemble or each other, running statistics included, on its device, in
+        its dtype and mode.
+
+    Raises:
+        TypeError: `model` is not a :class:`StackedEnsemble`.
+
+    Example:
+        >>> import torch, effens_kernels as ek
+        >>> models = [torch.nn.Linear(8, 4) for _ in range(3)]
+        >>> again = ek.unstack(ek.stack(models))
+        >>> all(torch.equal(a.weight, b.weight) for a, b in zip(models, again))
+        True
+    """
+    if not isinstance(model, StackedEnsemble):
+        hint = " (unstack its .module)" if isinstance(getattr(model, "module", None), StackedEnsemble) else ""
+        hint = " (unstack its ._orig_mod)" if hasattr(model, "_orig_mod") else hint
+        reject("unstack", "model", "a StackedEnsemble", f"{type(model).__name__}{hint}", TypeError)
+    return [_member(model, e) for e in range(model.num_members)]
+
+
+def _member(ensemble: StackedEnsemble, e: int) -> nn.Module:
+    memo: dict[int, object] = {}
+    for part in ensemble.modules():
+        for own, plain in ((part._parameters, part._plain._parameters), (part._buffers, part._plain._buffers)):
+            for name, stacked in own.items():
+                if stacked is not None and id(plain[name]) not in memo:
+                    memo[id(plain[name])] = _like(stacked, stacked[e].clone())
+    return copy.deepcopy(ensemble._plain, memo)
