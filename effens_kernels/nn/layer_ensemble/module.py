@@ -289,9 +289,11 @@ class LayerEnsemble(nn.Module):
         return f"num_options={self.num_options}, num_paths={self.num_paths}{prior}"
 
 
-@torch.compiler.disable
 def _outside_of_graphs(model: LayerEnsemble, samples: Tensor) -> PrefixTree:
-    return model._tree(samples)
+    return torch.compiler.disable(model._tree)(samples)  # here, since as a decorator it imports the compiler
+
+
+_outside_of_graphs._torchdynamo_disable = True  # what the decorator says to the compiler
 
 
 def _freeze(model: nn.Module) -> None:
