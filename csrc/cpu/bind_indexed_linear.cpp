@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> indexed_linear_fwd(const Tensor& x, const Tensor& wei
     p.a.index = by_weight.of(e, inputs), p.c.index = p.preactivation.index = by_weight.of(e);
     p.b.data = moved(all.dtype, all.b.data, e * weight.stride(0));
     if (bias) p.bias = moved(all.dtype, all.bias, e * all.bias_batch), p.bias_batch = 0;
-    return p;
+    return std::array{p};
   });
   return {y, z};
 }
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor> indexed_linear_bwd(const Tensor& grad, const 
 
   const int64_t of_inputs = need_x ? s.inputs_given : 0, of_weights = need_weight || need_bias ? s.members : 0;
   run_each(of_inputs + of_weights,
-           [&](int64_t i) { return i < of_inputs ? input_gradient(i) : weight_gradient(i - of_inputs); });
+           [&](int64_t i) { return std::array{i < of_inputs ? input_gradient(i) : weight_gradient(i - of_inputs)}; });
   return {grad_x, grad_weight, grad_bias};
 }
 

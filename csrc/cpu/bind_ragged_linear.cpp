@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> ragged_linear_fwd(const Tensor& x, const Tensor& weig
     p.c = rows_from(all.dtype, y, row);
     if (save_preactivation) p.preactivation = rows_from(all.dtype, z, row);
     if (bias) p.bias = moved(all.dtype, all.bias, e * all.bias_batch);
-    return p;
+    return std::array{p};
   });
   return {y, z};
 }
@@ -105,13 +105,37 @@ std::tuple<Tensor, Tensor, Tensor> ragged_linear_bwd(const Tensor& grad, const T
     return p;
   };
 
-  // A member's two products follow each other, and find its rows in cache.
-  const bool for_weights = need_weight || need_bias;
-  run_each(s.members * (need_x + for_weights), [&](int64_t i) {
-    if (!for_weights) return input_gradient(i);
-    if (!need_x) return weight_gradient(i);
-    return i % 2 ? weight_gradient(i / 2) : input_gradient(i / 2);
-  });
+  if (!need_weight && !need_bias) {
+    if (need_x) run_each(s.members, [&](int64_t e) { return std::array{input_gradient(e)}; });
+  } else if (!need_x) {
+    run_each(s.members, [&](int64_t e) { return std::array{weight_gradient(e)}; });
+  } else {
+    // Both read g: where a member's fits the cache it is computed once for both, into scratch.
+    constexpr int64_t fits = 1 << 20;
+    const int64_t element = bytes_of(all.dtype), ld = spread(s.outputs, element);
+    auto once = [&](int64_t rows) {
+      return all.slope != Activation::none && s.inputs > 0 && rows > 0 && rows * ld * element <= fits;
+    };
+    run_each(
+        s.members,
+        [&](int64_t e) {
+          std::array both{input_gradient(e), weight_gradient(e)};
+          if (once(both[0].m)) {
+            both[1].row_sums = nullptr;
+            both[0].slope = both[1].slope = Activation::none;
+            both[0].a = {nullptr, 0, 0, ld, 1};
+            both[1].a = {nullptr, 0, 0, 1, ld};
+          }
+          return both;
+        },
+        [&](int64_t e, std::array<Gemm, 2>& mine) {
+          const int64_t rows = mine[0].m;
+          if (!once(rows)) return;
+          void* to = scratch(slot_shared_operand, size_t(rows * ld * element));
+          engine().transform(weight_gradient(e), 0, to, ld);
+          mine[0].a.data = mine[1].a.data = to;
+        });
+  }
   return {grad_x, grad_weight, grad_bias};
 }
 

@@ -128,35 +128,53 @@ void run(const std::array<Gemm, count>& products) {
   run(products, [](int64_t, std::array<Gemm, count>&) {});
 }
 
-// Runs products of different sizes, `product(i)` for each i < count.  Each thread takes tasks of about as much work as
+inline int64_t work_of(const Gemm& p) {
+  const int64_t work = p.batches * p.m * std::max<int64_t>(1, p.n) * std::max<int64_t>(1, p.reduces * p.k);
+  return std::max<int64_t>(1, work);
+}
+
+// Runs products of different sizes, `products(i)` for each i < units.  Each thread takes tasks of about as much work as
 // another, wherever that begins and ends: threads share a large product, and many small ones share a thread.
-template <class F>
-void run_each(int64_t count, F product) {
+// `before(i, mine)` is as above.
+template <class Products, class Before>
+void run_each(int64_t units, Products products, Before before) {
   const Engine& isa = engine();
   const int64_t threads = torch::stable::get_num_threads();
-  std::vector<int64_t> work(size_t(count) + 1);  // before each product
-  for (int64_t i = 0; i < count; ++i) {
-    const Gemm p = product(i);
-    const int64_t here = p.batches * p.m * std::max<int64_t>(1, p.n) * std::max<int64_t>(1, p.reduces * p.k);
-    work[size_t(i) + 1] = work[size_t(i)] + std::max<int64_t>(1, here);
+  std::vector<int64_t> starts(size_t(units) + 1);  // work before each unit
+  for (int64_t i = 0; i < units; ++i) {
+    int64_t work = 0;
+    for (const Gemm& p : products(i)) work += work_of(p);
+    starts[size_t(i) + 1] = starts[size_t(i)] + work;
   }
-  const int64_t all = work.back(), shares = std::clamp<int64_t>(all / worth_a_thread, 1, threads);
+  const int64_t all = starts.back(), shares = std::clamp<int64_t>(all / worth_a_thread, 1, threads);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
     const int64_t from = all * first / shares, to = all * last / shares;
-    int64_t i = std::upper_bound(work.begin(), work.end(), from) - work.begin() - 1;
-    for (; i < count && work[size_t(i)] < to; ++i) {
-      const Gemm p = product(i);
-      const int64_t before = work[size_t(i)], here = work[size_t(i) + 1] - before;
-      const bool large = shares > 1 && here > all / (4 * shares);
-      const Plan plan = isa.plan(p, large ? int(std::max<int64_t>(2, (here * shares + all - 1) / all)) : 1);
-      const int64_t tasks = p.batches * plan.tasks();
-      // A task is run by whom it begins with.
-      auto tasks_before = [&](int64_t at) {
-        return std::clamp<int64_t>(((at - before) * tasks + here - 1) / here, 0, tasks);
-      };
-      isa.run(p, plan, tasks_before(from), tasks_before(to));
+    int64_t i = std::upper_bound(starts.begin(), starts.end(), from) - starts.begin() - 1;
+    for (; i < units && starts[size_t(i)] < to; ++i) {
+      auto mine = products(i);
+      bool ready = false;
+      int64_t start = starts[size_t(i)];
+      for (const Gemm& p : mine) {
+        const int64_t work = work_of(p);
+        const bool large = shares > 1 && work > all / (4 * shares);
+        const Plan plan = isa.plan(p, large ? int(std::max<int64_t>(2, (work * shares + all - 1) / all)) : 1);
+        const int64_t tasks = p.batches * plan.tasks();
+        // A task is run by whom it begins with.
+        auto tasks_before = [&](int64_t at) {
+          return std::clamp<int64_t>(((at - start) * tasks + work - 1) / work, 0, tasks);
+        };
+        const int64_t task = tasks_before(from), end = tasks_before(to);
+        if (task < end && !ready) before(i, mine), ready = true;
+        isa.run(p, plan, task, end);
+        start += work;
+      }
     }
   });
+}
+
+template <class Products>
+void run_each(int64_t units, Products products) {
+  run_each(units, products, [](int64_t, auto&) {});
 }
 
 }  // namespace effens::cpu
