@@ -96,7 +96,13 @@ def test_strides() -> None:
     everywhere = torch.stack([X_INDEX, torch.full_like(X_INDEX, 99)], 1).flatten()[::2]
     check((x, weight, bias), everywhere, WEIGHT_INDEX, "relu", torch.randn(()).expand(5, 5, 7))
     one = torch.tensor([2]).expand(5)
-    check((torch.randn(1, 5, 6).expand(3, -1, -1), weight, None), one, one.int(), "tanh", torch.randn(7, 5, 5).mT.mT.T)
+    check(
+        (torch.randn(1, 5, 6).expand(3, -1, -1), weight, None),
+        one,
+        one.int(),
+        "tanh",
+        torch.randn(7, 5, 5).permute(2, 1, 0),
+    )
 
 
 def test_order_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
