@@ -135,8 +135,8 @@ def show_learning(history: History, args: argparse.Namespace) -> None:
         "their mean\nreturn",
         "value",
         "disagreement",
-        caption="value of the best action, as the mean of the rewards to come: mean over the members;\n"
-        "disagreement: standard deviation over them",
+        caption="value: of the best action, the rewards to come as a mean;\n"
+        "disagreement: standard deviation of it over members",
     )
     size = -(-args.steps // ROWS)
     for begin in range(0, args.steps, size):
