@@ -103,8 +103,9 @@ template <class T>
 struct Terms {
   Global<const T> a, saved, b;  // of the first summand
   int summands, k_begin, k_end;
-  int m_end;  // of the rows of A
 
+  // Of the rows of A.
+  __device__ __forceinline__ int m_end(const Product<T>& p) const { return p.m; }
   // To the next summand, if there are `more`.
   __device__ __forceinline__ void advance(const Product<T>& p, bool) {
     a += p.a.reduce, saved += p.saved.reduce, b += p.b.reduce;
@@ -114,7 +115,9 @@ struct Terms {
 // Numbers in a list are read as they come up.
 template <class T>
 struct SelectedTerms : Terms<T> {
-  int at = 0;  // in the list
+  int rows_end = 0, at = 0;  // of A; in the list
+
+  __device__ __forceinline__ int m_end(const Product<T>&) const { return rows_end; }
 
   __device__ __forceinline__ void advance(const SelectedProduct<T>& p, bool more) {
     if (p.select.by != Select::list)
@@ -146,8 +149,8 @@ __device__ __forceinline__ void add_up(typename Block::Core& core, const AnyProd
   int fetched = 0, k = terms.k_begin;
   auto fetch = [&](int stage) {
     if (fetched < steps) {
-      TileA::fetch(a_tile(stage), p.a, from.a, m, terms.m_end, k, terms.k_end);
-      if (through) TileA::fetch(saved_tile(stage), p.saved, from.saved, m, terms.m_end, k, terms.k_end);
+      TileA::fetch(a_tile(stage), p.a, from.a, m, terms.m_end(p), k, terms.k_end);
+      if (through) TileA::fetch(saved_tile(stage), p.saved, from.saved, m, terms.m_end(p), k, terms.k_end);
       TileB::fetch(b_tile(stage), p.b, from.b, n, p.n, k, terms.k_end);
       ++fetched, k += K;
       if (k >= terms.k_end) k = terms.k_begin, from.advance(p, fetched < steps);
@@ -224,7 +227,7 @@ __device__ __forceinline__ void tile(const AnyProduct& p, const AnyTerms& terms,
     const int line = m + int(threadIdx.x);
     if (sums_here && line < p.m) p.row_sums[int64_t(place.member) * p.m + line] = from_float<T>(sum);
   }
-  finish<Block, false>(core, p, place.member, layer, m, terms.m_end, n);
+  finish<Block, false>(core, p, place.member, layer, m, terms.m_end(p), n);
 }
 
 template <class Block, bool sums>
@@ -235,8 +238,7 @@ __device__ __forceinline__ void product(const Product<typename Block::T>& p, int
                                        p.b.data + place.member * p.b.batch,
                                        p.summands,
                                        0,
-                                       p.k,
-                                       p.m};
+                                       p.k};
   tile<Block, sums>(p, terms, place, place.m * Block::M, place.member);
 }
 
@@ -245,7 +247,7 @@ __device__ __forceinline__ void selected_product(const SelectedProduct<typename 
   const Selection& select = p.select;
   const Place place(p.tiles_down(Block::M), max((p.n + Block::N - 1) / Block::N, 1), block);
   SelectedTerms<typename Block::T> terms;
-  terms.summands = p.summands, terms.k_begin = 0, terms.k_end = p.k, terms.m_end = p.m;
+  terms.summands = p.summands, terms.k_begin = 0, terms.k_end = p.k, terms.rows_end = p.m;
   int m = place.m * Block::M, of_a = place.member, of_b = place.member;
   if (select.by == Select::number) {
     of_a = select.a.index(place.member, select.a_count), of_b = select.b.index(place.member, select.b_count);
@@ -263,7 +265,7 @@ __device__ __forceinline__ void selected_product(const SelectedProduct<typename 
   } else if (select.by == Select::row) {
     const Segment segment(select, p.m, Block::M, place.m);
     if (segment.begin >= segment.end) return;
-    m = segment.begin, terms.m_end = segment.end, of_b = segment.number - 1;
+    m = segment.begin, terms.rows_end = segment.end, of_b = segment.number - 1;
     if (segment.number == 0 || segment.number > select.members) terms.summands = 0, of_b = -1;
   }
   terms.matrices(p, of_a, of_b);

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
   using T = typename Block::T;
   const Place place((p.m + Block::M - 1) / Block::M, (p.n + Block::N - 1) / Block::N, int(blockIdx.x));
   const int m = place.m * Block::M, n = place.n * Block::N;
-  const Terms<T> terms{p.a.data + place.member * p.a.batch, {}, p.b.data + place.member * p.b.batch, 1, 0, p.k, p.m};
+  const Terms<T> terms{p.a.data + place.member * p.a.batch, {}, p.b.data + place.member * p.b.batch, 1, 0, p.k};
   typename Block::Core core;
   Scaling<Block, false> scaling(p.along_k, place.member, p);
   auto prepare = [&](Shared<T> a_tile, Shared<T>) {
@@ -108,8 +108,7 @@ __global__ void __launch_bounds__(Block::threads, Block::blocks_per_sm)
                        p.b.data + place.member * p.b.batch,
                        p.summands,
                        0,
-                       p.k,
-                       p.m};
+                       p.k};
   Core core, total;
   Scaling<Block, true> scaling(p.along_k, place.member, p);
   auto prepare = [&](Shared<T> a_tile, Shared<T> saved_tile) {
@@ -197,8 +196,7 @@ __device__ __forceinline__ void rank1_wgrad(const Rank1Wgrad<typename Block::T>&
                        p.b.data + first * p.b.reduce,
                        min(p.group, p.members - first),
                        row,
-                       p.k - row > p.rows ? row + p.rows : p.k,
-                       p.m};
+                       p.k - row > p.rows ? row + p.rows : p.k};
 
   const Shared<T> w_tile = dynamic_shared<T>(Block::w_at, TileW::size);
   const Shared<float> row_sums = dynamic_shared<float>(Block::row_sums_at, M * Core::warps_across);
