@@ -63,7 +63,7 @@ def check(inputs, x_index=X_INDEX, weight_index=WEIGHT_INDEX, activation=None, g
         (IndexedCase(4, 5, 7, 9, activation="silu", sources=3), torch.float32),
         (IndexedCase(4, 17, 35, 20, activation="gelu", sources=3), torch.float16),  # more than a tile of each
         (IndexedCase(4, 17, 20, 35, activation="relu", sources=3), torch.bfloat16),
-        (IndexedCase(4, 3, 70, 66, activation="tanh", sources=3, bias=False), torch.bfloat16),  # steps within a group
+        (IndexedCase(4, 70, 9, 66, activation="tanh", sources=3, bias=False), torch.bfloat16),  # steps within a group
         (IndexedCase(4, 64, 16, 32, activation="tanh", sources=3), torch.float16),  # steps with nothing over
     ],
     ids=str,
