@@ -34,7 +34,7 @@ DEFINES = [f"-DTORCH_TARGET_VERSION=0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000
 # GCC 12 finds uninitialized values in its own AVX-512 intrinsics (GCC bug 105593).
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "--compiler-options=-fPIC,-fvisibility=hidden", "--threads=1"]
-# Machine code as well, not PTX alone: the kernels then take a fifth of the space, and the driver unpacks them once.
+# Machine code as well, not PTX alone: the extension has 13.6 MB in place of 29.6 (nvcc 13.0).  The driver unpacks it.
 NVCC_FLAGS += ["-Xfatbin=-compress-all"]
 
 
