@@ -5,7 +5,11 @@ from ._config import show_config
 from ._version import __version__
 from .ensembles import convert, stack, unstack
 from .ops import (
+    Prediction,
+    RegressionPrediction,
     ensemble_mlp,
+    ensemble_predict,
+    ensemble_predict_regression,
     grouped_linear,
     indexed_linear,
     mix_templates,
@@ -23,9 +27,13 @@ from .ops import (
 )
 
 __all__ = [
+    "Prediction",
+    "RegressionPrediction",
     "__version__",
     "convert",
     "ensemble_mlp",
+    "ensemble_predict",
+    "ensemble_predict_regression",
     "ensembles",
     "grouped_linear",
     "indexed_linear",
