@@ -20,12 +20,7 @@ def fwd(logits: Tensor) -> Results:
     # The last term is 0 in sum; it makes each term one of at least 0, of the order of the difference's square.
     excess = p * torch.where(p > 0, difference / _nonzero(mean), 0).log1p() - difference
     mutual_information = excess.sum(-1).mean(0).clamp_min(0)
-    votes = torch.zeros_like(mean).scatter_add(
-        -1, logits.argmax(-1).mT, torch.ones_like(mean[:, :1]).expand(-1, members)
-    )
-    agreeing = (votes * (votes - 1)).sum(-1)
-    disagreement = 1 - agreeing / max(1, members * (members - 1)) if members > 1 else torch.zeros_like(entropy)
-    disagreement = torch.where(entropy.isnan(), entropy, disagreement).detach()
+    disagreement = _disagreement(logits.argmax(-1), mean).masked_fill(entropy.isnan(), torch.nan)
     return mean.contiguous(), variance.contiguous(), entropy, expected_entropy, mutual_information, disagreement
 
 
