@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, metrics, nn
+from . import ensembles, losses, metrics, nn
 from ._config import show_config
 from ._version import __version__
 from .ensembles import convert, stack, unstack
@@ -37,6 +37,7 @@ __all__ = [
     "ensembles",
     "grouped_linear",
     "indexed_linear",
+    "losses",
     "metrics",
     "mix_templates",
     "mixture_conv1d",
