@@ -9,11 +9,10 @@
 namespace effens::device {
 
 constexpr int owned_classes = Owned<float>::count;
-constexpr int most_team_classes = most_predict_threads * owned_classes;  // of rows that are not long
-constexpr int chunk_classes = predict_threads * owned_classes;           // of long ones, that a block has at a time
+constexpr int chunk_classes = predict_threads * owned_classes;  // that a block has at a time
 
 inline bool is_long(int classes) {
-  return classes > most_team_classes;
+  return classes > chunk_classes;
 }
 
 // Threads of a row: as few as have all of its classes.
@@ -89,8 +88,8 @@ inline std::string describe_predict(bool typed) {
     return std::string(name) + " 0 0 0 0 " + std::to_string(threads) + " 0\n";
   };
   if (!typed) return line("predict_add", predict_threads);
-  return line("predict_fwd", most_predict_threads) + line("predict_stats", predict_threads) +
-         line("predict_classes", predict_threads) + line("predict_bwd", most_predict_threads) +
+  return line("predict_fwd", predict_threads) + line("predict_stats", predict_threads) +
+         line("predict_classes", predict_threads) + line("predict_bwd", predict_threads) +
          line("predict_bwd_long", predict_threads);
 }
 

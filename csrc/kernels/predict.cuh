@@ -25,7 +25,7 @@
 
 namespace effens::device {
 
-constexpr int predict_threads = 256, most_predict_threads = 512;
+constexpr int predict_threads = 256;
 
 // Any strides.
 template <class T>
@@ -131,7 +131,7 @@ struct PredictForward {
 };
 
 template <class T>
-__global__ void __launch_bounds__(most_predict_threads) predict_fwd_kernel(const PredictForward<T> p) {
+__global__ void __launch_bounds__(predict_threads, 2) predict_fwd_kernel(const PredictForward<T> p) {
   constexpr int N = Owned<T>::count;
   EFFENS_SHARED(float, values, 2 * Team::most_warps);
   EFFENS_SHARED(int, places, 2 * Team::most_warps);

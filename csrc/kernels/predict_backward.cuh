@@ -53,7 +53,7 @@ struct Slopes {
 };
 
 template <class T>
-__global__ void __launch_bounds__(most_predict_threads) predict_bwd_kernel(const PredictBackward<T> p) {
+__global__ void __launch_bounds__(predict_threads, 2) predict_bwd_kernel(const PredictBackward<T> p) {
   constexpr int N = Owned<T>::count;
   EFFENS_SHARED(float, values, 2 * Team::most_warps);
   EFFENS_SHARED(int, places, 2 * Team::most_warps);

@@ -19,7 +19,7 @@ struct Best {
 
 // Some lanes of a warp, or a whole block.  All members of a team get the same bits.
 struct Team {
-  static constexpr int most_warps = 16;
+  static constexpr int most_warps = 8;
   static constexpr unsigned everyone = 0xffffffff;
 
   Shared<float> values;  // [2, most_warps], two so that one barrier is enough
