@@ -5,10 +5,10 @@ With p_e = softmax(logits_e) and m the mean of the first n members' p, m' that o
     sum_e (p_e - m)^2       by Welford's updates (1962)
     sum_e KL(p_e || m)      gains (n - 1) KL(m' || m) + KL(p_n || m)
 
-and KL is a sum over classes of m phi(p / m), phi(x) = x log x - x + 1, of which no term is negative: members that nearly
-agree have a mutual information that is not rounding errors.  A program has all classes of some rows and reads logits
-once.  Rows that no tile has room for are read twice: for each member's largest logit, sum of exponentials and argmax,
-and then some classes at a time; the rows' sums are in parts, which are added in a fixed order.
+and KL is a sum over classes of m phi(p / m), phi(x) = x log x - x + 1, of which no term is negative: members that
+nearly agree have a mutual information that is not rounding errors.  A program has all classes of some rows and reads
+logits once.  Rows that no tile has room for are read twice: for each member's largest logit, sum of exponentials and
+argmax, and then some classes at a time; the rows' sums are in parts, which are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -416,7 +416,7 @@ def _plan_bwd(members: int, rows: int, classes: int, strides: tuple[int, int, in
 
 
 def _tile(rows: int, classes: int, capability: int) -> Rows:
-    """All classes, where there is room, of as many rows as leave programs for all of the GPU; eight elements a thread."""
+    """All classes, if there is room, of as many rows as leave programs for all of the GPU; eight elements a thread."""
     block = min(MOST_CLASSES, triton.next_power_of_2(classes))
     elements = max(block, 1024)
     while elements > max(block, 256) and rows * block < 4 * fill(capability) * elements:
