@@ -1,11 +1,15 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, metrics, nn
+from . import ensembles, losses, metrics, nn
 from ._config import show_config
 from ._version import __version__
 from .ensembles import convert, stack, unstack
 from .ops import (
+    Prediction,
+    RegressionPrediction,
     ensemble_mlp,
+    ensemble_predict,
+    ensemble_predict_regression,
     grouped_linear,
     indexed_linear,
     mix_templates,
@@ -23,12 +27,17 @@ from .ops import (
 )
 
 __all__ = [
+    "Prediction",
+    "RegressionPrediction",
     "__version__",
     "convert",
     "ensemble_mlp",
+    "ensemble_predict",
+    "ensemble_predict_regression",
     "ensembles",
     "grouped_linear",
     "indexed_linear",
+    "losses",
     "metrics",
     "mix_templates",
     "mixture_conv1d",
