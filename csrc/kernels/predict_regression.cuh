@@ -1,7 +1,9 @@
 // The kernels of ensemble_predict_regression: of means and variances [E, N], the mean and the population variance of
 // the means over members (epistemic), the mean of the variances (aleatoric), and the sum of both variances.
 //
-//   regression_fwd   all of it, means and variances read once: Welford's updates (1962), member by member
+//   regression_fwd   all of it, means and variances read once: Welford's updates (1962), member by member, of
+//   differences
+//                    from the first one, which a large common offset costs no precision
 //   regression_bwd   dmeans_e = (g_mean + 2 (g_variance + g_epistemic) (mean_e - mean)) / E
 //                    dvariances_e = (g_variance + g_aleatoric) / E
 #pragma once
@@ -85,14 +87,15 @@ __global__ void __launch_bounds__(regression_threads) regression_fwd_kernel(cons
   constexpr int N = Columns::N;
   const Columns columns(blockIdx.x, p.columns, p.vectors);
   const bool noisy = p.variances.data != nullptr;
-  float mean[N] = {}, squares[N] = {}, noise[N] = {}, now[N] = {};
+  float first[N] = {}, mean[N] = {}, squares[N] = {}, noise[N] = {}, now[N] = {};
+  columns.load_line(first, p.means.data, p.means.column);
 #pragma unroll 4
   for (int e = 0; e < p.members; ++e) {
     const float share = 1.0f / float(e + 1);
     columns.load_line(now, p.means.data + e * p.means.member, p.means.column);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float difference = now[i] - mean[i];
+      const float difference = now[i] - first[i] - mean[i];
       mean[i] += difference * share;
       squares[i] += difference * difference * (float(e) * share);
     }
@@ -104,7 +107,10 @@ __global__ void __launch_bounds__(regression_threads) regression_fwd_kernel(cons
   const float share = 1.0f / float(p.members);
   float both[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) squares[i] *= share, noise[i] *= share, both[i] = squares[i] + noise[i];
+  for (int i = 0; i < N; ++i) {
+    mean[i] += first[i], squares[i] *= share, noise[i] *= share;
+    both[i] = squares[i] + noise[i];
+  }
   columns.store_line(p.mean, mean);
   columns.store_line(p.variance, both);
   columns.store_line(p.aleatoric, noise);

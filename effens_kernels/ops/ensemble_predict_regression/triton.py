@@ -1,6 +1,7 @@
 """ensemble_predict_regression in Triton: one launch each way, which read means and variances once.
 
-The sum of squares about the mean goes on from one member to the next (Welford 1962).
+The sum of squares about the mean goes on from one member to the next (Welford 1962), of differences from the first
+one, which a large common offset costs no precision.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ def ensemble_predict_regression_fwd_kernel(
     here, valid = member_columns(means, block, 0, columns, m_member, m_column, BLOCK)
     if variances is not None:
         there, _valid = member_columns(variances, block, 0, columns, v_member, v_column, BLOCK)
+    origin = tl.load(here, mask=valid, other=0.0).to(tl.float32)
     so_far = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     noise = tl.zeros((BLOCK,), tl.float32)
     for e in range(0, members):
         others = tl.cast(e, tl.float32)
         share = 1 / (others + 1)
-        difference = tl.load(here, mask=valid, other=0.0).to(tl.float32) - so_far
+        difference = tl.load(here, mask=valid, other=0.0).to(tl.float32) - origin - so_far
         so_far += difference * share
         squares += difference * difference * (others * share)
         here += m_member
@@ -52,7 +54,7 @@ def ensemble_predict_regression_fwd_kernel(
     squares = squares / members.to(tl.float32)
     noise = noise / members.to(tl.float32)
     n = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(mean + n, so_far, mask=valid)
+    tl.store(mean + n, origin + so_far, mask=valid)
     tl.store(variance + n, squares + noise, mask=valid)
     tl.store(aleatoric + n, noise, mask=valid)
     tl.store(epistemic + n, squares, mask=valid)
