@@ -13,6 +13,7 @@ namespace EFFENS_ISA {
 #include "fold.inl"
 #include "gemm.inl"
 #include "mix.inl"
+#include "update.inl"
 // clang-format on
 
 #if defined(EFFENS_HAS_BF16)
@@ -47,6 +48,10 @@ static void mix(const Mixing& p, int64_t first, int64_t last) {
 static void mix_backward(const Mixing& p, int64_t first, int64_t last, void* partial) {
   if (p.dtype == DType::bf16) return Mix<bf16>::backward(p, first, last, partial);
   engine_avx512.mix_backward(p, first, last, partial);
+}
+
+static void update(const Update& u, int64_t count) {
+  return u.dtype == DType::bf16 ? Step<bf16>::run(u, count) : engine_avx512.update(u, count);
 }
 #else
 template <class T>
@@ -127,6 +132,19 @@ static void mix_backward(const Mixing& p, int64_t first, int64_t last, void* par
       return Mix<f16>::backward(p, first, last, partial);
     default:
       return Mix<float>::backward(p, first, last, partial);
+  }
+}
+
+static void update(const Update& u, int64_t count) {
+  switch (u.dtype) {
+    case DType::f64:
+      return Step<double>::run(u, count);
+    case DType::bf16:
+      return Step<bf16>::run(u, count);
+    case DType::f16:
+      return Step<f16>::run(u, count);
+    default:
+      return Step<float>::run(u, count);
   }
 }
 #endif

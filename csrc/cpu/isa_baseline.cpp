@@ -17,5 +17,5 @@
 namespace effens::cpu {
 const Engine engine_baseline = {"baseline",    [] { return true; },         baseline::plan,
                                 baseline::run, baseline::transform_operand, baseline::add_up,
-                                baseline::mix, baseline::mix_backward};
+                                baseline::mix, baseline::mix_backward,      baseline::update};
 }  // namespace effens::cpu
