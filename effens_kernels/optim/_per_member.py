@@ -24,7 +24,7 @@ class PerMember(Tensor):
         return torch.as_tensor(values, dtype=torch.float64, device="cpu").clone().as_subclass(PerMember)
 
     def fill_(self, value: float | Tensor) -> PerMember:
-        return self.copy_(torch.as_tensor(value))
+        return self.copy_(torch.as_tensor(value, dtype=self.dtype))
 
 
 # So that a scheduler's state, which has copies of learning rates, loads with torch.load's weights_only.
