@@ -14,7 +14,6 @@ from effens_kernels.testing import assert_accurate
 MEMBERS = 3
 OURS = {"sgd": optim.EnsembleSGD, "adamw": optim.EnsembleAdamW}
 THEIRS = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
-OP = {"sgd": "sgd_step", "adamw": "adamw_step"}
 
 LR = [0.1, 0.003, 0.03]
 DECAY = [0.0, 0.3, 0.01]

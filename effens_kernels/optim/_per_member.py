@@ -26,6 +26,9 @@ class PerMember(Tensor):
     def fill_(self, value: float | Tensor) -> PerMember:
         return self.copy_(torch.as_tensor(value, dtype=self.dtype))
 
+    def __deepcopy__(self, memo: dict[int, object]) -> PerMember:
+        return memo.setdefault(id(self), PerMember.of(self))
+
 
 # So that a scheduler's state, which has copies of learning rates, loads with torch.load's weights_only.
 torch.serialization.add_safe_globals([PerMember])

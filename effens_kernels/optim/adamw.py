@@ -54,8 +54,8 @@ class EnsembleAdamW(EnsembleOptimizer):
     Example:
         >>> import torch, effens_kernels as ek
         >>> ensemble = ek.stack([torch.nn.Linear(8, 4) for _ in range(3)])
-        >>> rates = torch.tensor([1e-2, 1e-3, 1e-4])
-        >>> optimizer = ek.optim.EnsembleAdamW(ensemble.parameters(), lr=rates, betas=([0.9, 0.9, 0.8], 0.99))
+        >>> rates, betas = [1e-2, 1e-3, 1e-4], ([0.9, 0.9, 0.8], 0.99)
+        >>> optimizer = ek.optim.EnsembleAdamW(ensemble.parameters(), lr=rates, betas=betas)
         >>> schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
         >>> ensemble(torch.randn(32, 8)).square().mean((1, 2)).sum().backward()  # a sum: members do not mix
         >>> optimizer.step()
