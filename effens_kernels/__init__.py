@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, losses, metrics, nn
+from . import ensembles, losses, metrics, nn, optim
 from ._config import show_config
 from ._version import __version__
 from .ensembles import convert, stack, unstack
@@ -46,6 +46,7 @@ __all__ = [
     "mixture_linear",
     "multihead_linear",
     "nn",
+    "optim",
     "ragged_linear",
     "rank1_conv1d",
     "rank1_conv2d",

@@ -49,6 +49,8 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rank1_conv1d": {},  # see `rank1_conv_route`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},
+    "sgd_step": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
+    "adamw_step": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
 }
 
 # Of an op without a table of measurements on a GPU (`_tables`), torch's own products are taken where none of B, I and O

@@ -22,6 +22,7 @@ PUBLIC = [
         effens_kernels.ensembles,
         effens_kernels.losses,
         effens_kernels.metrics,
+        effens_kernels.optim,
     )
     for name in package.__all__
     if not inspect.ismodule(getattr(package, name))
