@@ -39,7 +39,7 @@ class MIMOEnsemble(Ensemble):
 
     Options of `convert`:
         first, last: paths of the layers that are widened, Linear, Conv1d or Conv2d, with `groups=1`.  Without them, the
-            first and the last module that have parameters, in the order of registration.
+            first and the last module that have parameters and no modules inside, in the order of registration.
         keep_weights: False draws both layers afresh, as their types do, and keeps what is between them.
         spread: with `keep_weights`, how far the W_m begin from each other, relative to the plain weight.
 
@@ -199,7 +199,7 @@ def convert(
 def _layer(sites: Sites, option: str, path: str | None, candidates: Iterable[Site]) -> Site:
     names = ", ".join(kind.__name__ for kind in FIRST)
     if path is None:
-        site = next((site for site in candidates if any(p is not None for p in site.module._parameters.values())), None)
+        site = next((site for site in candidates if _has_parameters(site.module)), None)
         if site is None:
             reject("convert", "model", f"with layers to widen ({names})", "one without")
         expected = f"a {names} before all other modules with parameters, or named ({option}='path')"
@@ -218,6 +218,11 @@ def _layer(sites: Sites, option: str, path: str | None, candidates: Iterable[Sit
         kind = type(site.module).__name__
         reject("convert", option, "a layer of groups=1", f"{kind} at {site} of groups={site.module.groups}")
     return site
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """As a layer has; where those of a module around others are used, its place does not tell."""
+    return not module._modules and any(p is not None for p in module._parameters.values())
 
 
 def _tiled(weight: Tensor, count: int, spread: float) -> Tensor:
