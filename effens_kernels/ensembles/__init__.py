@@ -5,17 +5,22 @@ And which members of an ensemble to run: ranking.py.
 
 from ._ensemble import Ensemble
 from .convert import convert
+from .mimo import MIMOEnsemble, mimo_batch
 from .mixture import MixtureEnsemble
 from .ranking import PathRanking, gaussian_kl, rank_paths
 from .stack import StackedEnsemble, stack, unstack
+from .sub_ensemble import SubEnsemble
 
 __all__ = [
     "Ensemble",
+    "MIMOEnsemble",
     "MixtureEnsemble",
     "PathRanking",
     "StackedEnsemble",
+    "SubEnsemble",
     "convert",
     "gaussian_kl",
+    "mimo_batch",
     "rank_paths",
     "stack",
     "unstack",

@@ -71,8 +71,11 @@ class Ensemble(nn.Module):
             reject(layer, "member", "an int", repr(member), TypeError)
         if not -count <= member < count:
             reject(layer, "member", f"in [-{count}, {count})", repr(member), IndexError)
+        return self._member(member % count)
+
+    def _member(self, member: int) -> nn.Module:
         layers = [module for module in self.model.modules() if is_ours(module)]
-        return replaced(self.model, {module: module._plain(member % count) for module in layers})
+        return replaced(self.model, {module: module._plain(member) for module in layers})
 
     def summary(self) -> Summary:
         """What the members share and what each has of its own, in numbers of parameters; prints as a table."""

@@ -63,22 +63,18 @@ class Sites:
         chosen = [site for site in self.meant if type(site.module) in types]
         names = ", ".join(t.__name__ for t in types)
         for site in self.meant:
-            module, kind = site.module, type(site.module).__name__
+            module = site.module
             if type(module) in types:
-                if any(getattr(module, hooks) for hooks in _HOOKS):
-                    reject("convert", "model", "without hooks on layers to be replaced", f"{kind} at {site} with hooks")
-                if not set(module._parameters) <= {"weight", "bias"}:
-                    own = ", ".join(module._parameters)
-                    reject("convert", "model", "of layers with a weight and a bias", f"{kind} at {site} with {own}")
+                check_layer(site)
             elif _mixes_rows(module) or _has_parameters(module):
                 if type(module) not in SHARED_AS_THEY_ARE:
                     hint = f"(exclude=[{site.paths[0]!r}] shares it as it is)"
                     expected = f"made of {names} and modules without parameters {hint}"
-                    reject("convert", "model", expected, f"{kind} at {site}")
-        self._refuse_ties(chosen)
+                    reject("convert", "model", expected, f"{type(module).__name__} at {site}")
+        self.refuse_ties(chosen)
         return chosen
 
-    def _refuse_ties(self, chosen: list[Site]) -> None:
+    def refuse_ties(self, chosen: list[Site]) -> None:
         """A parameter of two modules cannot become two layers' own."""
         replaced = {id(site.module) for site in chosen}
         owner: dict[int, Site] = {}
@@ -89,6 +85,16 @@ class Sites:
                     continue
                 expected = "of layers whose parameters are their own (exclude both to share them as they are)"
                 reject("convert", "model", expected, f"{name} of {site} tied to {other}")
+
+
+def check_layer(site: Site) -> None:
+    """Refuse a layer of which another one cannot take the place."""
+    module, kind = site.module, type(site.module).__name__
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        reject("convert", "model", "without hooks on layers to be replaced", f"{kind} at {site} with hooks")
+    if not set(module._parameters) <= {"weight", "bias"}:
+        own = ", ".join(module._parameters)
+        reject("convert", "model", "of layers with a weight and a bias", f"{kind} at {site} with {own}")
 
 
 def is_ours(module: nn.Module) -> bool:
