@@ -4,6 +4,7 @@ And which members of an ensemble to run: ranking.py.
 """
 
 from ._ensemble import Ensemble
+from .batch_ensemble import BatchEnsemble
 from .convert import convert
 from .mimo import MIMOEnsemble, mimo_batch
 from .mixture import MixtureEnsemble
@@ -12,6 +13,7 @@ from .stack import StackedEnsemble, stack, unstack
 from .sub_ensemble import SubEnsemble
 
 __all__ = [
+    "BatchEnsemble",
     "Ensemble",
     "MIMOEnsemble",
     "MixtureEnsemble",
