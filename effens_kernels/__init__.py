@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, metrics, nn
+from . import ensembles, exchange, metrics, nn
 from ._config import show_config
 from ._version import __version__
 from .ensembles import convert, stack, unstack
@@ -27,6 +27,7 @@ __all__ = [
     "convert",
     "ensemble_mlp",
     "ensembles",
+    "exchange",
     "grouped_linear",
     "indexed_linear",
     "metrics",
