@@ -18,7 +18,10 @@ def _same(value: Tensor, layer: nn.Module) -> Tensor:
 
 
 class Entry(NamedTuple):
-    """One tensor of a layer of ours, and what it is in the other library; None where it is all ones and has no name."""
+    """One tensor of a layer of ours, and what it is in the other library; None where it is all ones and has no name.
+
+    `outward` also says the shape there, by a meta tensor.
+    """
 
     ours: str
     theirs: str | None
@@ -76,7 +79,7 @@ def inward(op: str, model: nn.Module, state: object, entries: Entries) -> dict[s
             continue
         if not isinstance(value := state.get(theirs), Tensor):
             reject(op, "state", f"with a tensor {theirs!r}", "none" if value is None else type(value).__name__)
-        shape = entry.outward(own, layer).shape
+        shape = entry.outward(own.to("meta"), layer).shape
         if value.shape != shape:
             reject(op, f"state[{theirs!r}]", f"of shape {list(shape)}", value)
         translated[name] = entry.inward(value, layer)

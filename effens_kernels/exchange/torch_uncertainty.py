@@ -29,7 +29,7 @@ def _scales(product: str) -> tuple[Entry, ...]:
 
 
 def _masks(value: Tensor, layer: nn.Module) -> Tensor:
-    if ((value != 0) & (value != 1)).any():
+    if not value.is_meta and ((value != 0) & (value != 1)).any():
         reject("exchange.torch_uncertainty", "model", "of an r of zeros and ones where it is not trained", value)
     return value.double()  # as torch-uncertainty has them
 
@@ -287,7 +287,7 @@ class PackedLinear(Accelerated):
                 reject("PackedLinear", "inputs", f"[*, {groups * weight.shape[2]}]", inputs)
             x = inputs.reshape(-1, groups, weight.shape[2]).transpose(0, 1)
             bias = None if self.bias is None else self.bias.view(groups, -1)
-            y = grouped_linear(x, weight, bias).transpose(0, 1).reshape(*inputs.shape[:-1], -1)
+            y = grouped_linear(x, weight, bias).transpose(0, 1).reshape(*inputs.shape[:-1], groups * weight.shape[1])
         return y.unflatten(-1, (self.num_estimators, -1)).movedim(-2, 0).flatten(0, 1) if self.last else y
 
 
