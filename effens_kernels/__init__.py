@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, losses, metrics, nn, optim
+from . import ensembles, exchange, losses, metrics, nn, optim
 from ._config import show_config
 from ._version import __version__
 from .ensembles import convert, stack, unstack
@@ -35,6 +35,7 @@ __all__ = [
     "ensemble_predict",
     "ensemble_predict_regression",
     "ensembles",
+    "exchange",
     "grouped_linear",
     "indexed_linear",
     "losses",
