@@ -1,8 +1,9 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, metrics, nn
+from . import distributed, ensembles, metrics, nn
 from ._config import show_config
 from ._version import __version__
+from .distributed import shard
 from .ensembles import convert, stack, unstack
 from .ops import (
     ensemble_mlp,
@@ -25,6 +26,7 @@ from .ops import (
 __all__ = [
     "__version__",
     "convert",
+    "distributed",
     "ensemble_mlp",
     "ensembles",
     "grouped_linear",
@@ -43,6 +45,7 @@ __all__ = [
     "rank1_conv_transpose2d",
     "rank1_linear",
     "rank1_mlp",
+    "shard",
     "show_config",
     "stack",
     "unstack",

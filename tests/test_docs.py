@@ -16,7 +16,13 @@ import effens_kernels
 
 PUBLIC = [
     (package, name)
-    for package in (effens_kernels.ops, effens_kernels.nn, effens_kernels.ensembles, effens_kernels.metrics)
+    for package in (
+        effens_kernels.ops,
+        effens_kernels.nn,
+        effens_kernels.ensembles,
+        effens_kernels.metrics,
+        effens_kernels.distributed,
+    )
     for name in package.__all__
     if not inspect.ismodule(getattr(package, name))
 ]
