@@ -6,7 +6,11 @@ from ._version import __version__
 from .distributed import shard
 from .ensembles import convert, stack, unstack
 from .ops import (
+    Prediction,
+    RegressionPrediction,
     ensemble_mlp,
+    ensemble_predict,
+    ensemble_predict_regression,
     grouped_linear,
     indexed_linear,
     mix_templates,
@@ -24,10 +28,14 @@ from .ops import (
 )
 
 __all__ = [
+    "Prediction",
+    "RegressionPrediction",
     "__version__",
     "convert",
     "distributed",
     "ensemble_mlp",
+    "ensemble_predict",
+    "ensemble_predict_regression",
     "ensembles",
     "grouped_linear",
     "indexed_linear",

@@ -39,6 +39,8 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # see `takes_mlp`
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "rank1_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # layer by layer
+    "ensemble_predict": {"cpu": _ALL_DTYPES},
+    "ensemble_predict_regression": {"cpu": _ALL_DTYPES},
     "mix_templates": _MIXING,
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mixture_conv1d": _MIXING,  # see `mixture_conv_route`

@@ -1,6 +1,8 @@
 """One folder an op: the public function with its checks, the plain-PyTorch reference, the kernels, the derivatives."""
 
 from .ensemble_mlp import ensemble_mlp
+from .ensemble_predict import Prediction, ensemble_predict
+from .ensemble_predict_regression import RegressionPrediction, ensemble_predict_regression
 from .grouped_linear import grouped_linear
 from .indexed_linear import indexed_linear
 from .mix_templates import mix_templates
@@ -13,7 +15,11 @@ from .rank1_linear import rank1_linear
 from .rank1_mlp import rank1_mlp
 
 __all__ = [
+    "Prediction",
+    "RegressionPrediction",
     "ensemble_mlp",
+    "ensemble_predict",
+    "ensemble_predict_regression",
     "grouped_linear",
     "indexed_linear",
     "mix_templates",

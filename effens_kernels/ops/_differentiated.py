@@ -31,3 +31,20 @@ def differentiated(
     wanted = [t for t, n in zip(inputs, need) if n and t is not None]
     grads = iter(torch.autograd.grad(y, wanted, grad, create_graph=create_graph, allow_unused=True) if wanted else ())
     return [next(grads) if n and t is not None else None for t, n in zip(inputs, need)]
+
+
+def pullback(
+    call: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor],
+    need: Sequence[bool],
+    grad: Tensor | tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """Gradients of `call(*tensors)` where `need` has True, in rules that torch.func's transforms may differentiate."""
+    places = [n for n, needed in enumerate(need) if needed]
+
+    def of_needed(*needed: Tensor) -> Tensor | tuple[Tensor, ...]:
+        given = dict(zip(places, needed))
+        return call(*(given.get(n, t) for n, t in enumerate(tensors)))
+
+    grads = iter(torch.func.vjp(of_needed, *(tensors[n] for n in places))[1](grad))
+    return [next(grads) if needed else None for needed in need]
