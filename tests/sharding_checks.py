@@ -254,7 +254,7 @@ def made_by_each_process(mesh: DeviceMesh) -> None:
     )
     torch.manual_seed(3)
     run_both(ek.shard(part, mesh, from_local=True), ensemble, inputs("batch ensemble"))
-    with pytest.raises(ValueError, match=r"of 2 of all 3 members in process 0 .* one of 1 \(from_local=True\)"):
+    with pytest.raises(ValueError, match=r"of 2 of all 3 members in process 0, got one of 1 \(from_local=True\)"):
         ek.shard(ek.nn.EnsembleLinear(2, 2, 1 + mesh.get_rank()), mesh, from_local=True)
 
 
@@ -287,7 +287,6 @@ def bad_input(mesh: DeviceMesh) -> None:
     refuses("without parametrizations", nn.utils.parametrizations.weight_norm(linear(3)))
     refuses("of a member for each of 2 processes, or made by ek.stack or ek.convert", linear(1))
     # What is wrong in one process is an error in both.
-    refuses("the same in all processes", linear(3 + rank) if rank else linear(3))
     refuses("of 3 members, got 4", ek.nn.EnsembleLinear(2, 2, 3 + rank))
     refuses("the same in all processes", ek.nn.EnsembleLinear(2, 2 + rank, 3))
     refuses("without an axis of members", nn.Linear(2, 2) if rank else linear(3))
@@ -296,6 +295,53 @@ def bad_input(mesh: DeviceMesh) -> None:
         sharded(torch.randn(2, 6), member=0)
     with pytest.raises(TypeError, match="input should be a plain tensor"):
         sharded(DTensor.from_local(torch.randn(2, 6), mesh, run_check=False))
+
+
+def predictions(mesh: DeviceMesh, members: int) -> None:
+    """Of classifiers that agree or not, some sure of themselves, and of what has no probabilities."""
+    rank, own = mesh.get_rank(), ek.distributed.local_members(members, mesh)
+    for dtype, batch in ((torch.float64, (7,)), (torch.float32, (2, 3)), (torch.float64, (0,))):
+        logits = 5 * torch.randn(members, *batch, 4, dtype=dtype)
+        if batch == (7,):
+            logits[:, 1] = logits[0, 1] + 1e-9 * logits[:, 1]  # nearly one opinion
+            logits[:, 2, 1:] = -torch.inf
+            logits[members - 1, 3, 0] = torch.nan
+        exact = ek.ensemble_predict(logits.double(), backend="reference")
+        found = ek.distributed.ensemble_predict(logits[own.start : own.stop], mesh, backend="reference")
+        for name, t, e in zip(exact._fields, found, exact):
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+            compare = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, equal_nan=True)
+            compare(t, e.to(dtype), msg=lambda said, name=name: f"{name} in process {rank}: {said}")
+        if batch == (7,):
+            assert found.mutual_information[1] < 1e-15
+            assert all(torch.isfinite(t[:3]).all() and torch.isnan(t[3]).all() for t in found)
+        means = 1e6 + torch.randn(members, *batch, dtype=torch.float64)
+        for variances in (None, torch.rand_like(means)):
+            here = variances if variances is None else variances[own.start : own.stop]
+            of_all = ek.distributed.ensemble_predict_regression
+            found = of_all(means[own.start : own.stop], here, mesh, backend="reference")
+            for t, e in zip(found, ek.ensemble_predict_regression(means, variances, backend="reference")):
+                close(t, e)
+
+
+@check(2)
+def predictions_of_all_members(mesh: DeviceMesh) -> None:
+    predictions(mesh, 5)
+    of_all = ek.distributed.ensemble_predict
+    with pytest.raises(ValueError, match=r"logits should be \[E_own, \*batch, C\], got float32\[3\]"):
+        of_all(torch.randn(3), mesh)
+    with pytest.raises(ValueError, match="of at least one class"):
+        of_all(torch.randn(3, 2, 0), mesh)
+    with pytest.raises(ValueError, match="dim should be one of the mesh's dimensions"):
+        of_all(torch.randn(3, 2, 2), mesh, "rows")
+    with pytest.raises(ValueError, match=r"variances should be \[3, 2\] like means"):
+        ek.distributed.ensemble_predict_regression(torch.randn(3, 2), torch.randn(2, 2), mesh)
+
+
+@check(3)
+def predictions_with_a_process_without_members(mesh: DeviceMesh) -> None:
+    predictions(mesh, 4)
+    predictions(mesh, 1)
 
 
 @check(2)

@@ -14,7 +14,8 @@ from ..ensembles import StackedEnsemble
 from ..nn._layout import positive
 from ..nn._mixture import Mixture
 from ..ops._checks import reject
-from ._boundary import Shares, distributed, from_the_first, local_of, shared_input
+from ._boundary import distributed, from_the_first, local_of, shared_input
+from ._mesh import Shares, axis_of
 from ._ownership import Layout, layout, takes_members
 
 if TYPE_CHECKING:
@@ -207,24 +208,6 @@ def shard(ensemble: nn.Module, mesh: DeviceMesh, dim: str = "members", *, from_l
         reject("shard", "ensemble", expected, f"{type(ensemble).__name__} of {shares.num_members} members")
     _deal(found, shares, from_local)
     return ShardedEnsemble(ensemble, shares)
-
-
-def axis_of(function: str, mesh: DeviceMesh, dim: str) -> int:
-    """The dimension of the mesh that has this name."""
-    from torch.distributed.device_mesh import DeviceMesh
-
-    if not isinstance(mesh, DeviceMesh):
-        reject(function, "mesh", "a torch.distributed.device_mesh.DeviceMesh", type(mesh).__name__, TypeError)
-    names = mesh.mesh_dim_names
-    if mesh.get_coordinate() is None:
-        reject(function, "mesh", "of processes of which this is one", repr(mesh))
-    if names is None and mesh.ndim == 1:
-        return 0
-    if dim not in (names or ()):
-        reject(
-            function, "dim", f"one of the mesh's dimensions, {', '.join(map(repr, names or ('unnamed',)))}", repr(dim)
-        )
-    return names.index(dim)
 
 
 def _refuse(ensemble: nn.Module, mesh: DeviceMesh) -> None:
