@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import distributed, ensembles, metrics, nn
+from . import distributed, ensembles, losses, metrics, nn
 from ._config import show_config
 from ._version import __version__
 from .distributed import shard
@@ -39,6 +39,7 @@ __all__ = [
     "ensembles",
     "grouped_linear",
     "indexed_linear",
+    "losses",
     "metrics",
     "mix_templates",
     "mixture_conv1d",

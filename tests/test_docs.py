@@ -20,6 +20,7 @@ PUBLIC = [
         effens_kernels.ops,
         effens_kernels.nn,
         effens_kernels.ensembles,
+        effens_kernels.losses,
         effens_kernels.metrics,
         effens_kernels.distributed,
     )

@@ -97,6 +97,35 @@ struct Mixing {
   void* grad_templates = nullptr;  // [templates, columns], contiguous; optional
 };
 
+// What an ensemble of classifiers predicts (predict.inl), or that backwards.  Strides count elements; results and their
+// gradients are contiguous, of the type of sums.
+struct Prediction {
+  DType dtype = DType::f32;
+  int64_t members = 0, rows = 0, classes = 0;
+  const void* logits = nullptr;  // [members, rows, classes]
+  int64_t member = 0, row = 0, class_ = 0;
+  void *mean = nullptr, *variance = nullptr;  // [rows, classes]; backward reads the mean
+  void *entropy = nullptr, *expected_entropy = nullptr, *mutual_information = nullptr, *disagreement = nullptr;
+  // Backward; each optional.
+  const void *grad_mean = nullptr, *grad_variance = nullptr;
+  const void *grad_entropy = nullptr, *grad_expected = nullptr, *grad_mutual = nullptr;
+  void* grad_logits = nullptr;  // [members, rows, classes], contiguous
+};
+
+// The same of an ensemble of regression models (predict_regression.inl).
+struct RegressionPrediction {
+  DType dtype = DType::f32;
+  int64_t members = 0, columns = 0;
+  const void* means = nullptr;  // [members, columns]
+  int64_t mean_member = 0, mean_column = 0;
+  const void* variances = nullptr;  // optional
+  int64_t variance_member = 0, variance_column = 0;
+  void *mean = nullptr, *variance = nullptr, *aleatoric = nullptr, *epistemic = nullptr;  // backward reads the mean
+  // Backward; each optional.
+  const void *grad_mean = nullptr, *grad_variance = nullptr, *grad_aleatoric = nullptr, *grad_epistemic = nullptr;
+  void *grad_means = nullptr, *grad_variances = nullptr;  // [members, columns], contiguous
+};
+
 // One instruction set's compiled engine.
 struct Engine {
   const char* name;
@@ -112,6 +141,11 @@ struct Engine {
   // sums; null where that is not wanted.
   void (*mix)(const Mixing&, int64_t first, int64_t last);
   void (*mix_backward)(const Mixing&, int64_t first, int64_t last, void* partial);
+  // For a range of rows, or of columns.
+  void (*predict)(const Prediction&, int64_t first, int64_t last);
+  void (*predict_backward)(const Prediction&, int64_t first, int64_t last);
+  void (*predict_regression)(const RegressionPrediction&, int64_t first, int64_t last);
+  void (*predict_regression_backward)(const RegressionPrediction&, int64_t first, int64_t last);
 };
 
 extern const Engine engine_baseline;

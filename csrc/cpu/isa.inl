@@ -13,6 +13,8 @@ namespace EFFENS_ISA {
 #include "fold.inl"
 #include "gemm.inl"
 #include "mix.inl"
+#include "predict.inl"
+#include "predict_regression.inl"
 // clang-format on
 
 #if defined(EFFENS_HAS_BF16)
@@ -47,6 +49,23 @@ static void mix(const Mixing& p, int64_t first, int64_t last) {
 static void mix_backward(const Mixing& p, int64_t first, int64_t last, void* partial) {
   if (p.dtype == DType::bf16) return Mix<bf16>::backward(p, first, last, partial);
   engine_avx512.mix_backward(p, first, last, partial);
+}
+
+// These multiply nothing.
+static void predict(const Prediction& p, int64_t first, int64_t last) {
+  engine_avx512.predict(p, first, last);
+}
+
+static void predict_backward(const Prediction& p, int64_t first, int64_t last) {
+  engine_avx512.predict_backward(p, first, last);
+}
+
+static void predict_regression(const RegressionPrediction& p, int64_t first, int64_t last) {
+  engine_avx512.predict_regression(p, first, last);
+}
+
+static void predict_regression_backward(const RegressionPrediction& p, int64_t first, int64_t last) {
+  engine_avx512.predict_regression_backward(p, first, last);
 }
 #else
 template <class T>
@@ -128,6 +147,37 @@ static void mix_backward(const Mixing& p, int64_t first, int64_t last, void* par
     default:
       return Mix<float>::backward(p, first, last, partial);
   }
+}
+
+// f(T{}) of the storage type.
+template <class F>
+static void with_storage(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
+  }
+}
+
+static void predict(const Prediction& p, int64_t first, int64_t last) {
+  with_storage(p.dtype, [&](auto t) { Predict<decltype(t)>::forward(p, first, last); });
+}
+
+static void predict_backward(const Prediction& p, int64_t first, int64_t last) {
+  with_storage(p.dtype, [&](auto t) { Predict<decltype(t)>::backward(p, first, last); });
+}
+
+static void predict_regression(const RegressionPrediction& p, int64_t first, int64_t last) {
+  with_storage(p.dtype, [&](auto t) { PredictRegression<decltype(t)>::forward(p, first, last); });
+}
+
+static void predict_regression_backward(const RegressionPrediction& p, int64_t first, int64_t last) {
+  with_storage(p.dtype, [&](auto t) { PredictRegression<decltype(t)>::backward(p, first, last); });
 }
 #endif
 

@@ -15,7 +15,16 @@
 #include "isa.inl"
 
 namespace effens::cpu {
-const Engine engine_baseline = {"baseline",    [] { return true; },         baseline::plan,
-                                baseline::run, baseline::transform_operand, baseline::add_up,
-                                baseline::mix, baseline::mix_backward};
+const Engine engine_baseline = {"baseline",
+                                [] { return true; },
+                                baseline::plan,
+                                baseline::run,
+                                baseline::transform_operand,
+                                baseline::add_up,
+                                baseline::mix,
+                                baseline::mix_backward,
+                                baseline::predict,
+                                baseline::predict_backward,
+                                baseline::predict_regression,
+                                baseline::predict_regression_backward};
 }  // namespace effens::cpu

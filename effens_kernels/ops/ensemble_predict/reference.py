@@ -18,7 +18,9 @@ def fwd(logits: Tensor) -> Results:
     expected_entropy = -(p * log_p).sum(-1).mean(0)
     # The mean of KL(p_e || mean), where a difference of two entropies would be rounding errors if members nearly agree.
     # The last term is 0 in sum; it makes each term one of at least 0, of the order of the difference's square.
-    excess = p * torch.where(p > 0, difference / _nonzero(mean), 0).log1p() - difference
+    near = difference > -0.5 * mean
+    log_ratio = torch.where(near, (difference / _nonzero(mean)).masked_fill(~near, 0).log1p(), log_p - _log(mean))
+    excess = p * log_ratio - difference
     mutual_information = excess.sum(-1).mean(0).clamp_min(0)
     disagreement = _disagreement(logits.argmax(-1), mean).masked_fill(entropy.isnan(), torch.nan)
     return mean.contiguous(), variance.contiguous(), entropy, expected_entropy, mutual_information, disagreement
