@@ -75,7 +75,7 @@ def ensemble_predict(
     for predicted in logits.argmax(-1):
         votes += predicted.unsqueeze(-1) == index
     members, total, expected, votes = _sums(
-        group, local.new_tensor(own), own * local, own * found.expected_entropy, votes
+        group, local.new_full((), own), own * local, own * found.expected_entropy, votes
     )
     mean = total / members
     apart = local - mean
@@ -143,7 +143,7 @@ def ensemble_predict_regression(
         found = ops.ensemble_predict_regression(means, variances, backend=backend)
     else:
         found = _nothing(RegressionPrediction, batch, None, means)
-    members, total, aleatoric = _sums(group, found.mean.new_tensor(own), own * found.mean, own * found.aleatoric)
+    members, total, aleatoric = _sums(group, found.mean.new_full((), own), own * found.mean, own * found.aleatoric)
     mean, aleatoric = total / members, aleatoric / members
     (spread,) = _sums(group, own * (found.epistemic + (found.mean - mean).square()))
     epistemic = spread / members
