@@ -1,8 +1,9 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import ensembles, exchange, losses, metrics, nn, optim
+from . import distributed, ensembles, exchange, losses, metrics, nn, optim
 from ._config import show_config
 from ._version import __version__
+from .distributed import shard
 from .ensembles import convert, stack, unstack
 from .ops import (
     Prediction,
@@ -31,6 +32,7 @@ __all__ = [
     "RegressionPrediction",
     "__version__",
     "convert",
+    "distributed",
     "ensemble_mlp",
     "ensemble_predict",
     "ensemble_predict_regression",
@@ -54,6 +56,7 @@ __all__ = [
     "rank1_conv_transpose2d",
     "rank1_linear",
     "rank1_mlp",
+    "shard",
     "show_config",
     "stack",
     "unstack",

@@ -15,6 +15,7 @@ from common import ROOT
 import effens_kernels
 
 PACKAGES = (
+    effens_kernels.distributed,
     effens_kernels.ops,
     effens_kernels.nn,
     effens_kernels.ensembles,

@@ -1,0 +1,46 @@
+"""How members are dealt out to the processes of a mesh."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from ..ops._checks import reject
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Shares:
+    """How E members are dealt out along a dimension of a mesh: as DTensor's Shard(0) deals, and torch.chunk."""
+
+    def __init__(self, mesh: DeviceMesh, axis: int, num_members: int) -> None:
+        self.mesh, self.axis, self.num_members = mesh, axis, num_members
+        self.own = self.of(mesh.get_local_rank(axis))
+        # Along the others, processes have the same members, and rows of their own.
+        self.others = [other for other in range(mesh.ndim) if other != axis]
+        self.replicas = prod(mesh.size(other) for other in self.others)
+        # The processes that have the other members, and the same rows.
+        self.members = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[axis]]
+
+    def of(self, rank: int) -> range:
+        each = -(-self.num_members // self.mesh.size(self.axis))
+        return range(min(rank * each, self.num_members), min((rank + 1) * each, self.num_members))
+
+
+def axis_of(function: str, mesh: DeviceMesh, dim: str) -> int:
+    """The dimension of the mesh that has this name."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(mesh, DeviceMesh):
+        reject(function, "mesh", "a torch.distributed.device_mesh.DeviceMesh", type(mesh).__name__, TypeError)
+    names = mesh.mesh_dim_names
+    if mesh.get_coordinate() is None:
+        reject(function, "mesh", "of processes of which this is one", repr(mesh))
+    if names is None and mesh.ndim == 1:
+        return 0
+    if dim not in (names or ()):
+        reject(
+            function, "dim", f"one of the mesh's dimensions, {', '.join(map(repr, names or ('unnamed',)))}", repr(dim)
+        )
+    return names.index(dim)
