@@ -6,6 +6,7 @@ And which members of an ensemble to run: ranking.py.
 from ._ensemble import Ensemble
 from .batchnorm import update_batchnorm
 from .convert import convert
+from .mc_dropout import MCDropoutEnsemble
 from .mixture import MixtureEnsemble
 from .ranking import PathRanking, gaussian_kl, rank_paths
 from .snapshot import SnapshotEnsemble
@@ -15,6 +16,7 @@ from .swag import SWAG
 __all__ = [
     "SWAG",
     "Ensemble",
+    "MCDropoutEnsemble",
     "MixtureEnsemble",
     "PathRanking",
     "SnapshotEnsemble",

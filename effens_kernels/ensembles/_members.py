@@ -280,12 +280,12 @@ REASONS = (
 )
 
 
-def explained(error: RuntimeError, member: nn.Module) -> RuntimeError:
+def explained(error: RuntimeError, member: nn.Module, op: str = "stack") -> RuntimeError:
     """The error with the path of the module in which it happened, and why."""
     said = str(error).splitlines()[0] if str(error) else repr(error)
     reason = next((why for part, why in REASONS if part in str(error)), None)
     words = f"cannot run for all members at once, since {reason}" if reason else "failed"
-    return RuntimeError(f"stack: {_place(error, member)} {words} (PyTorch: {said})")
+    return RuntimeError(f"{op}: {_place(error, member)} {words} (PyTorch: {said})")
 
 
 def _place(error: BaseException, member: nn.Module) -> str:
