@@ -25,8 +25,8 @@ class MCDropoutEnsemble(Ensemble):
 
     MC dropout (Gal and Ghahramani 2016, "Dropout as a Bayesian Approximation: Representing Model Uncertainty in Deep
     Learning"), made by `effens_kernels.convert(model, "mc_dropout", num_members)`: E passes through one model, with
-    masks that each call draws anew for each member and row.  They run as one (`torch.func.vmap`), and what comes before the
-    first dropout, or does not depend on any, runs once for all members.
+    masks that each call draws anew for each member and row.  They run as one (`torch.func.vmap`), and what comes
+    before the first dropout, or does not depend on any, runs once for all members.
 
     Dropout layers are on in `eval()` as well as in `train()`; all else follows the mode, so predict in `eval()`.  To
     train, run `ensemble.model`, which is the plain model, or convert one that is trained.  Dropout that is no module,
