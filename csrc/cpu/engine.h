@@ -92,7 +92,8 @@ struct Mixing {
   void* mixed = nullptr;  // forward: [members, columns]
   int64_t mixed_row = 0;
   int64_t lines = 1, template_line = 0, mixed_line = 0;  // forward: so many such lines of each row, so far apart
-  const void* grad = nullptr;                            // backward: of `mixed`
+  const void* sigma = nullptr;  // forward, optional: [columns]; sigma times what is in `mixed` is added, of one line
+  const void* grad = nullptr;   // backward: of `mixed`
   int64_t grad_row = 0;
   void* grad_templates = nullptr;  // [templates, columns], contiguous; optional
 };

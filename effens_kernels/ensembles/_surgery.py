@@ -118,6 +118,17 @@ def check_layer(site: Site) -> None:
             reject("convert", "model", "of layers as torch.nn makes them", f"{type(part).__name__} at {path!r}")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DistributedDataParallel's and DataParallel's, in any order."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
 def is_ours(module: nn.Module) -> bool:
     """A layer or an ensemble of this package."""
     return type(module).__module__.startswith(f"{__package__.partition('.')[0]}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -227,19 +227,32 @@ def stack(models: Sequence[nn.Module], *, randomness: str = "different") -> Stac
 
 
 @torch.no_grad()
-def assembled(models: Sequence[nn.Module], randomness: str, trunk: Sequence[Tensor] | None = None) -> StackedEnsemble:
-    """An ensemble of the models; the tensors of a trunk are one object in all of them, and become one."""
-    memo: dict[int, object] = {}
-    for tensor in (*models[0].parameters(), *models[0].buffers()):
-        memo[id(tensor)] = _like(tensor, torch.empty_like(tensor, device="meta"))
-    ensemble = StackedEnsemble(copy.deepcopy(models[0], memo), len(models), randomness)
+def assembled(
+    models: Sequence[nn.Module],
+    randomness: str = "different",
+    trunk: Sequence[Tensor] | None = None,
+    stacked: dict[int, Tensor] | None = None,
+) -> StackedEnsemble:
+    """What `stack` makes of models that have been checked; one model several times is members with equal values.
+
+    The tensors of a `trunk` are one object in all models, and become one.  `stacked` has, by the id of a tensor of the
+    first model, the members' values `[E, ...]` where these exist already.
+    """
+    plain = copied(models[0], lambda tensor: torch.empty_like(tensor, device="meta"))
+    ensemble = StackedEnsemble(plain, len(models), randomness)
     common = {id(tensor): _like(tensor, tensor.clone()) for tensor in trunk or ()}
     held = {id(tensor) for tensor in common.values()}
-    _fill(ensemble, list(models), {id(ensemble._plain): ensemble}, common)
+    _fill(ensemble, list(models), {id(plain): ensemble}, common | (stacked or {}))
     state = (*ensemble._state("_parameters").items(), *ensemble._state("_buffers").items())
     ensemble.has_trunk = trunk is not None
     ensemble.shared = frozenset(name for name, tensor in state if id(tensor) in held)
     return ensemble
+
+
+def copied(model: nn.Module, values: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy whose parameters and buffers have the `values` of those of the model."""
+    memo: dict[int, object] = {id(t): _like(t, values(t)) for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
 
 
 def _fill(part: _Part, plain: list[nn.Module], parts: dict[int, _Part], stacked: dict[int, Tensor]) -> None:
@@ -266,12 +279,16 @@ def _fill(part: _Part, plain: list[nn.Module], parts: dict[int, _Part], stacked:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     """[E, ...], each laid out as it is."""
-    first = tensors[0]
-    dense = torch.empty_like(first).stride()  # keeps the layout of channels_last and the like
-    result = first.new_empty_strided((len(tensors), *first.shape), (first.numel(), *dense))
+    result = empty_rows(tensors[0], len(tensors))
     for e, tensor in enumerate(tensors):
         result[e].copy_(tensor)
     return result
+
+
+def empty_rows(first: Tensor, count: int, **options: object) -> Tensor:
+    """[count, ...] without values, each row dense and laid out as `first`: channels_last and the like."""
+    dense = torch.empty_like(first).stride()
+    return first.new_empty_strided((count, *first.shape), (first.numel(), *dense), **options)
 
 
 def _like(first: Tensor, values: Tensor) -> Tensor:
