@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy import ndimage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -67,3 +69,20 @@ def cifar(classes: int, root: Path) -> Images:
 def load(name: str, root: Path, seed: int) -> Images:
     """By the name of the option --data: "digits", "cifar10" or "cifar100"."""
     return digits(seed) if name == "digits" else cifar(int(name.removeprefix("cifar")), root)
+
+
+def shifted(data: Images, strength: float, seed: int) -> Tensor:
+    """The test images as another scanner might have them: turned, moved and noisy, each in its own way.
+
+    `strength` 1 turns by up to 20 degrees, moves by up to an eighth, and adds noise of a tenth of the range of pixels.
+    """
+    random = np.random.default_rng(seed)
+    images = data.x_test.reshape(-1, *data.shape).numpy()
+    size = data.shape[-1]
+    turned = []
+    for image in images:
+        angle, move = random.uniform(-20, 20) * strength, random.uniform(-size / 8, size / 8, 2) * strength
+        image = ndimage.rotate(image, angle, axes=(1, 2), reshape=False, order=1, mode="constant", cval=-1.0)
+        turned.append(ndimage.shift(image, (0, *move), order=1, mode="constant", cval=-1.0))
+    noisy = np.stack(turned) + random.normal(0.0, 0.2 * strength, images.shape)
+    return torch.from_numpy(noisy.clip(-1.0, 1.0)).float().flatten(1)
