@@ -28,12 +28,16 @@ MLP_ENTRY = re.compile(
     r"(?P<name>mlp_fwd|mlp_dgrad)_kernelINS\w*?8MlpBlockI(?P<type>f|6__half|13__nv_bfloat16)LNS\w*?4MathE(?P<math>\d)E"
     r"Li(?P<rows>\d+)E"
 )
-PLAIN_ENTRY = re.compile(
-    r"(?P<name>add_parts|mix_fwd|mix_bwd|mix_add)_kernelI(?P<type>f|6__half|13__nv_bfloat16)(Li(?P<tile>\d+)E)?E"
+PLAIN = (
+    *("add_parts", "mix_fwd", "mix_bwd", "mix_add"),
+    *("predict_fwd", "predict_stats", "predict_classes", "predict_bwd", "predict_bwd_long"),
+    *("regression_fwd", "regression_bwd"),
 )
-
-
-INTEGER_ENTRY = re.compile(r"index_lists_kernelILi\d+E")
+PLAIN_ENTRY = re.compile(
+    rf"\d(?P<name>{'|'.join(PLAIN)})_kernelI(?P<type>f|6__half|13__nv_bfloat16)(Li(?P<tile>\d+)E)?E"
+)
+UNTYPED = ("index_lists", "predict_add")
+UNTYPED_ENTRY = re.compile(rf"\d(?P<name>{'|'.join(UNTYPED)})_kernelILi\d+E")
 
 
 class Kernel(NamedTuple):
@@ -59,8 +63,8 @@ class Kernel(NamedTuple):
     def of(mangled: str) -> Kernel | None:
         if found := PLAIN_ENTRY.search(mangled):
             return Kernel.plain(found["name"], TYPES[found["type"]], int(found["tile"] or 0))
-        if INTEGER_ENTRY.search(mangled):
-            return Kernel.plain("index_lists", "-", 0)
+        if found := UNTYPED_ENTRY.search(mangled):
+            return Kernel.plain(found["name"], "-", 0)
         if found := MLP_ENTRY.search(mangled):
             return Kernel.mlp(found["name"], TYPES[found["type"]], int(found["rows"]), MATH[int(found["math"])])
         found = ENTRY.search(mangled)
@@ -125,9 +129,9 @@ def described() -> dict[Kernel, tuple[int, int]]:
             operands = f"{'k' if a else 'm'}, {'k' if b else 'n'}"
             for type in types:
                 kernel = Kernel(name, operands, "yes" if through else "no", f"{side}x{side}", type, math)
-                if name == "index_lists":
+                if name in UNTYPED:
                     kernel = Kernel.plain(name, "-", 0)
-                elif name in ("add_parts", "mix_fwd", "mix_bwd", "mix_add"):
+                elif name in PLAIN:
                     kernel = Kernel.plain(name, type, side)
                 elif name in ("mlp_fwd", "mlp_dgrad"):
                     kernel = Kernel.mlp(name, type, side, math)

@@ -4,6 +4,7 @@
 #include "../kernels/ensemble_mlp.cuh"
 #include "../kernels/index_lists.cuh"
 #include "../kernels/mix_templates.cuh"
+#include "../kernels/predict_regression.cuh"
 #include "../kernels/rank1_linear.cuh"
 #include "with_math.h"
 
@@ -25,11 +26,14 @@ std::string describe() {
 }
 
 std::string describe_without_math() {
-  return device::describe_add_parts() + device::describe_mix();
+  return device::describe_add_parts() + device::describe_mix() + device::describe_predict() +
+         device::describe_regression();
 }
 
 std::string cuda_kernels(std::string math) {
-  if (math == "fma") return describe<float, Math::fma>() + describe_without_math() + device::describe_index_lists();
+  if (math == "fma")
+    return describe<float, Math::fma>() + describe_without_math() + device::describe_index_lists() +
+           device::describe_predict_add();
   if (math == "tf32") return describe<float, Math::tf32>();
   STD_TORCH_CHECK(math == "half", "cuda_kernels: math should be fma, tf32 or half, got ", math);
   return describe<device::half_t, Math::half>() + describe_without_math();

@@ -83,14 +83,19 @@ void launch_predict_bwd(PredictBackward<T> p, const Setting& setting) {
 }
 
 // As describe_kernel, of kernels without tiles and without shared memory that is asked for.
-inline std::string describe_predict(bool typed) {
-  auto line = [](const char* name, int threads) {
-    return std::string(name) + " 0 0 0 0 " + std::to_string(threads) + " 0\n";
-  };
-  if (!typed) return line("predict_add", predict_threads);
-  return line("predict_fwd", predict_threads) + line("predict_stats", predict_threads) +
-         line("predict_classes", predict_threads) + line("predict_bwd", predict_threads) +
-         line("predict_bwd_long", predict_threads);
+inline std::string describe_plain(const char* name, int threads) {
+  return std::string(name) + " 0 0 0 0 " + std::to_string(threads) + " 0\n";
+}
+
+inline std::string describe_predict() {
+  std::string lines;
+  for (const char* name : {"predict_fwd", "predict_stats", "predict_classes", "predict_bwd", "predict_bwd_long"})
+    lines += describe_plain(name, predict_threads);
+  return lines;
+}
+
+inline std::string describe_predict_add() {
+  return describe_plain("predict_add", predict_threads);
 }
 
 // Compiled in csrc/cuda/ensemble_predict.cu.

@@ -171,8 +171,7 @@ void launch_regression_bwd(RegressionBackward<T> p, const Setting& setting) {
 }
 
 inline std::string describe_regression() {
-  const std::string rest = " 0 0 0 0 " + std::to_string(regression_threads) + " 0\n";
-  return "regression_fwd" + rest + "regression_bwd" + rest;
+  return describe_plain("regression_fwd", regression_threads) + describe_plain("regression_bwd", regression_threads);
 }
 
 // Compiled in csrc/cuda/ensemble_predict.cu.
