@@ -38,7 +38,7 @@ class Fused(TorchFunctionMode):
     With `shares`, dropout leaves what members share shared; otherwise it parts them.
     """
 
-    def __init__(self, members: int, training: bool, shares: bool) -> None:
+    def __init__(self, members: int, training: bool, shares: bool = False) -> None:
         super().__init__()
         self.members, self.training, self.shares = members, training, shares
         self.saving = _saving()
