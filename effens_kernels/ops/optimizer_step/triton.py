@@ -23,8 +23,7 @@ def _place(size, BLOCK: tl.constexpr):
     """(member, numbers of it) of this program."""
     blocks = tl.cdiv(size, BLOCK)
     member = (tl.program_id(0) // blocks).to(tl.int64)
-    j = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return member, j
+    return member, (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -37,7 +36,7 @@ def _store(pointer, value, valid):
     tl.store(pointer, narrow(value, pointer.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def sgd_step_kernel(
     param, grad, buffer, table,
     size, p_member, g_member, b_member,
@@ -45,24 +44,26 @@ def sgd_step_kernel(
 ):
     """d = sign g + weight_decay p,  b = kept b + fresh d,  p -= lr times d, or b, or d + momentum b."""
     member, j = _place(size, BLOCK)
+    valid = j < size
     by = table + member * 7
-    valid = j < tl.where(tl.load(by) != 0, size, 0)
-    weight_decay, momentum = tl.load(by + 2), tl.load(by + 3)
-    p = _load(param + member * p_member + j, valid)
-    d = _load(grad + member * g_member + j, valid) * tl.load(by + 1)
-    d = tl.where(weight_decay != 0, d + p * weight_decay, d)
-    if buffer is not None:
-        has = j < tl.where((tl.load(by) != 0) & (momentum != 0), size, 0)
-        b = _load(buffer + member * b_member + j, has) * tl.load(by + 4) + d * tl.load(by + 5)
-        _store(buffer + member * b_member + j, b, has)
-        if NESTEROV:
-            d = tl.where(has, d + b * momentum, d)
-        else:
-            d = tl.where(has, b, d)
-    _store(param + member * p_member + j, p - d * tl.load(by + 6), valid)
+    if tl.load(by) != 0:
+        weight_decay, momentum = tl.load(by + 2), tl.load(by + 3)
+        p = _load(param + member * p_member + j, valid)
+        d = _load(grad + member * g_member + j, valid) * tl.load(by + 1)
+        if weight_decay != 0:  # p may be infinite
+            d += p * weight_decay
+        if buffer is not None:
+            if momentum != 0:
+                b = _load(buffer + member * b_member + j, valid) * tl.load(by + 4) + d * tl.load(by + 5)
+                _store(buffer + member * b_member + j, b, valid)
+                if NESTEROV:
+                    d += b * momentum
+                else:
+                    d = b
+        _store(param + member * p_member + j, p - d * tl.load(by + 6), valid)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def adamw_step_kernel(
     param, grad, average, square, most, table,
     size, p_member, g_member, a_member, s_member, m_member,
@@ -71,21 +72,22 @@ def adamw_step_kernel(
     """m += grad_share (sign g - m),  v = kept v + square_share g^2,
     p = decay p - step_size m / (sqrt(v) inverse_root + eps), with the largest v so far where `most` keeps it."""
     member, j = _place(size, BLOCK)
+    valid = j < size
     by = table + member * 9
-    valid = j < tl.where(tl.load(by) != 0, size, 0)
-    g = _load(grad + member * g_member + j, valid) * tl.load(by + 1)
-    m = _load(average + member * a_member + j, valid)
-    m += (g - m) * tl.load(by + 3)
-    v = _load(square + member * s_member + j, valid) * tl.load(by + 4) + g * tl.load(by + 5) * g
-    _store(average + member * a_member + j, m, valid)
-    _store(square + member * s_member + j, v, valid)
-    if most is not None:
-        w = _load(most + member * m_member + j, valid)
-        v = tl.where(v < w, w, tl.where(w == w, v, w))  # a NaN of either stays one
-        _store(most + member * m_member + j, v, valid)
-    step = tl.div_rn(m * tl.load(by + 8), tl.sqrt_rn(v) * tl.load(by + 6) + tl.load(by + 7))
-    p = _load(param + member * p_member + j, valid) * tl.load(by + 2)
-    _store(param + member * p_member + j, p - step, valid)
+    if tl.load(by) != 0:
+        g = _load(grad + member * g_member + j, valid) * tl.load(by + 1)
+        m = _load(average + member * a_member + j, valid)
+        m += (g - m) * tl.load(by + 3)
+        v = _load(square + member * s_member + j, valid) * tl.load(by + 4) + g * tl.load(by + 5) * g
+        _store(average + member * a_member + j, m, valid)
+        _store(square + member * s_member + j, v, valid)
+        if most is not None:
+            w = _load(most + member * m_member + j, valid)
+            v = tl.where(v < w, w, tl.where(w == w, v, w))  # a NaN of either stays one
+            _store(most + member * m_member + j, v, valid)
+        step = tl.div_rn(m * tl.load(by + 8), tl.sqrt_rn(v) * tl.load(by + 6) + tl.load(by + 7))
+        p = _load(param + member * p_member + j, valid) * tl.load(by + 2)
+        _store(param + member * p_member + j, p - step, valid)
 
 
 # fmt: on
