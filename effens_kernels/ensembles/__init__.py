@@ -6,6 +6,7 @@ And which members of an ensemble to run: ranking.py.
 from ._ensemble import Ensemble
 from .batchnorm import update_batchnorm
 from .convert import convert
+from .masksembles import MasksemblesEnsemble
 from .mc_dropout import MCDropoutEnsemble
 from .mixture import MixtureEnsemble
 from .ranking import PathRanking, gaussian_kl, rank_paths
@@ -17,6 +18,7 @@ __all__ = [
     "SWAG",
     "Ensemble",
     "MCDropoutEnsemble",
+    "MasksemblesEnsemble",
     "MixtureEnsemble",
     "PathRanking",
     "SnapshotEnsemble",

@@ -9,12 +9,13 @@ from torch import nn
 
 from ..nn._layout import positive
 from ..ops._checks import reject
-from . import mc_dropout, mixture
+from . import masksembles, mc_dropout, mixture
 from ._ensemble import Ensemble
 from ._surgery import Pattern, Sites
 
 # A converter takes the modules of a model and the number of members, then options by keyword, and gives the ensemble.
 METHODS: dict[str, Callable[..., Ensemble]] = {
+    "masksembles": masksembles.convert,
     "mc_dropout": mc_dropout.convert,
     "mixture": mixture.convert,
 }
@@ -37,8 +38,8 @@ def convert(
     Args:
         model: any module made of layers that the method can convert and of modules without parameters.  Modules and
             parameters used several times stay so.
-        method: "mixture", :class:`MixtureEnsemble`, or "mc_dropout", :class:`MCDropoutEnsemble`; their docstrings list
-            options.
+        method: "mixture", :class:`MixtureEnsemble`, "mc_dropout", :class:`MCDropoutEnsemble`, or "masksembles",
+            :class:`MasksemblesEnsemble`; their docstrings list options.
         num_members: E.
         include: convert only what is named here: types, or paths in the model (`"trunk"` is all of it, wildcards as in
             `"blocks.*.conv1"`).  Everything else is shared by the members as it is.
