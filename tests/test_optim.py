@@ -81,7 +81,10 @@ def test_any_strides_of_parameters_and_gradients(name, layout, runner):
 def test_gradients_that_are_expanded_or_lazily_negated(name):
     params = [nn.Parameter(t) for t in values([(4, 5), (6,)], torch.float64)]
     optimizer, separate = build(name, params), Separate(kind_of(name), OPTIONS[name], params, torch.float64)
-    grads = [torch.randn(MEMBERS, 1, 1, dtype=torch.float64).expand(MEMBERS, 4, 5), torch._neg_view(torch.randn(MEMBERS, 6).double())]
+    grads = [
+        torch.randn(MEMBERS, 1, 1, dtype=torch.float64).expand(MEMBERS, 4, 5),
+        torch._neg_view(torch.randn(MEMBERS, 6).double()),
+    ]
     assert grads[1].is_neg()
     for _ in range(STEPS):
         step(optimizer, params, grads)

@@ -4,6 +4,7 @@
 //
 // With small integers every sum is exact, so results must be equal to the last bit.  Operands lie at the edge of
 // forbidden pages with NaN between their rows; results in the midst of a pattern that must survive around them.
+#include <algorithm>
 #include <vector>
 
 #include "checks.h"

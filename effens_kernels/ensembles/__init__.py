@@ -7,6 +7,7 @@ from ._ensemble import Ensemble
 from .batch_ensemble import BatchEnsemble
 from .batchnorm import update_batchnorm
 from .convert import convert
+from .masksembles import MasksemblesEnsemble
 from .mc_dropout import MCDropoutEnsemble
 from .mimo import MIMOEnsemble, mimo_batch
 from .mixture import MixtureEnsemble
@@ -22,6 +23,7 @@ __all__ = [
     "Ensemble",
     "MCDropoutEnsemble",
     "MIMOEnsemble",
+    "MasksemblesEnsemble",
     "MixtureEnsemble",
     "PathRanking",
     "SnapshotEnsemble",

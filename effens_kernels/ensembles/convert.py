@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn._layout import positive
 from ..ops._checks import reject
-from . import batch_ensemble, deep, mc_dropout, mimo, mixture, sub_ensemble
+from . import batch_ensemble, deep, masksembles, mc_dropout, mimo, mixture, sub_ensemble
 from ._ensemble import Ensemble
 from ._surgery import Pattern, Sites
 from .stack import StackedEnsemble
@@ -22,6 +22,7 @@ METHODS: dict[str, Callable[..., Ensemble | StackedEnsemble]] = {
     "sub_ensemble": sub_ensemble.convert,
     "mimo": mimo.convert,
     "mc_dropout": mc_dropout.convert,
+    "masksembles": masksembles.convert,
 }
 
 
@@ -49,7 +50,8 @@ def convert(
             "deep", :func:`effens_kernels.ensembles.deep.convert`: copies with weights of their own, drawn anew;
             "sub_ensemble", :class:`SubEnsemble`: one trunk, and a head for each member;
             "mimo", :class:`MIMOEnsemble`: one network with an input and an output for each member;
-            "mc_dropout", :class:`MCDropoutEnsemble`: the model with its dropout kept on.
+            "mc_dropout", :class:`MCDropoutEnsemble`: the model with its dropout kept on;
+            "masksembles", :class:`MasksemblesEnsemble`: the model with masks drawn once in place of dropout.
         num_members: E.
         include: convert only what is named here: types, or paths in the model (`"trunk"` is all of it, wildcards as in
             `"blocks.*.conv1"`).  Everything else is shared by the members as it is.
