@@ -22,7 +22,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from stack_cases import CASES
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
@@ -186,6 +191,7 @@ def processes_with_fewer_members_and_with_none(mesh: DeviceMesh) -> None:
         assert len(sharded.members) == own[mesh.get_rank()]
         run_both(sharded, ensemble, inputs(name))
         steps(sharded, ensemble, name)
+        run_both(sharded.eval(), ensemble.eval(), inputs(name, (members,)), per_member=True)
 
 
 def steps(sharded: nn.Module, ensemble: nn.Module, name: str, **how: object) -> None:
@@ -282,10 +288,10 @@ def bad_input(mesh: DeviceMesh) -> None:
     refuses(r"weight should be on cpu like the mesh, got float32\[3, 2, 2\] on meta", linear(3, device="meta"))
     refuses("not sharded yet", ek.shard(linear(3), mesh))
     refuses("not sharded yet", nn.Sequential(ek.shard(linear(3), mesh)))
-    refuses("layers, got Own at '1'", nn.Sequential(linear(3), Own()))
+    refuses("whose layers with members are of ek.nn, got Own at '1' with temperature", nn.Sequential(linear(3), Own()))
     refuses("one number of members, 3, got EnsembleLinear at '1' of 2", nn.Sequential(linear(3), linear(2)))
     refuses("without parametrizations", nn.utils.parametrizations.weight_norm(linear(3)))
-    refuses("of a member for each of 2 processes, or made by ek.stack or ek.convert", linear(1))
+    refuses("with members for each of 2 processes, or made by ek.stack or ek.convert", linear(1))
     # What is wrong in one process is an error in both.
     refuses("of 3 members, got 4", ek.nn.EnsembleLinear(2, 2, 3 + rank))
     refuses("the same in all processes", ek.nn.EnsembleLinear(2, 2 + rank, 3))
@@ -404,6 +410,14 @@ def checkpoints(mesh: DeviceMesh) -> None:
     dcp.load(state, checkpoint_id=folder / "by one", process_group=mesh.get_group())
     other.load_state_dict(state["model"])
     same(other, one, gradients=False)
+    whole_again = StateDictOptions(full_state_dict=True)
+    plain, other = make("layers", 3), ek.shard(make("layers", 3), mesh)
+    plain.load_state_dict(get_model_state_dict(sharded, options=whole_again))
+    set_model_state_dict(other, plain.state_dict(), options=whole_again)
+    same(other, plain, gradients=False)
+    same(plain_copy := copy.deepcopy(sharded), plain, gradients=False)
+    close(plain_copy(*given), sharded(*given))
+    assert sharded.float()(given[0].float()).dtype == torch.float32
 
 
 @check(4)
