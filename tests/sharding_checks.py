@@ -211,9 +211,8 @@ def steps(sharded: nn.Module, ensemble: nn.Module, name: str, **how: object) -> 
 @check(2)
 def optimizers(mesh: DeviceMesh) -> None:
     for name in ("stack conv2d", "layers"):
-        for how in ({"foreach": True}, {"foreach": False}):
-            ensemble = make(name, 3)
-            steps(ek.shard(copy.deepcopy(ensemble), mesh), ensemble, name, **how)
+        ensemble = make(name, 3)
+        steps(ek.shard(copy.deepcopy(ensemble), mesh), ensemble, name, foreach=True)
 
 
 @check(2)
@@ -367,17 +366,15 @@ def dropout(mesh: DeviceMesh) -> None:
 
 @check(2)
 def compiled_in_one_graph(mesh: DeviceMesh) -> None:
-    for name in ("stack conv2d", "batch ensemble"):
-        ensemble = make(name, 3)
-        sharded = ek.shard(copy.deepcopy(ensemble), mesh)
-        compiled = torch.compile(sharded, fullgraph=True, backend="aot_eager")
-        given, own = inputs(name), sharded.members
-        result = compiled(*given)
-        close(result, ensemble(*given)[own.start : own.stop])
-        backward(result, own.start)
-        backward(ensemble(*given))
-        if name == "batch ensemble":  # conv2d has run twice there, and updated statistics
-            same(sharded, ensemble)
+    ensemble = make("batch ensemble", 3)
+    sharded = ek.shard(copy.deepcopy(ensemble), mesh)
+    compiled = torch.compile(sharded, fullgraph=True, backend="aot_eager")
+    given, own = inputs("batch ensemble"), sharded.members
+    result, expected = compiled(*given), ensemble(*given)
+    close(result, expected[own.start : own.stop])
+    backward(result, own.start)
+    backward(expected)
+    same(sharded, ensemble)
 
 
 @check(2)
@@ -453,7 +450,7 @@ def rows_dealt_out_too(mesh: DeviceMesh) -> None:
 def main(rank: int, folder: Path, seed: int) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=600))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=1200))
     meshes = {n: DeviceMesh("cpu", torch.arange(n), mesh_dim_names=("members",)) for n in (2, 3, 4)}
     done = {}
     for name, (processes, function) in CHECKS.items():
