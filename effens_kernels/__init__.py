@@ -1,6 +1,6 @@
 """effens_kernels: neural-network ensembles at the cost of the matrix products they cannot avoid."""
 
-from . import distributed, ensembles, losses, metrics, nn
+from . import distributed, ensembles, exchange, losses, metrics, nn, optim
 from ._config import show_config
 from ._version import __version__
 from .distributed import shard
@@ -37,6 +37,7 @@ __all__ = [
     "ensemble_predict",
     "ensemble_predict_regression",
     "ensembles",
+    "exchange",
     "grouped_linear",
     "indexed_linear",
     "losses",
@@ -48,6 +49,7 @@ __all__ = [
     "mixture_linear",
     "multihead_linear",
     "nn",
+    "optim",
     "ragged_linear",
     "rank1_conv1d",
     "rank1_conv2d",

@@ -39,9 +39,10 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "ensemble_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # see `takes_mlp`
     "rank1_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "rank1_mlp": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},  # layer by layer
-    "ensemble_predict": {"cpu": _ALL_DTYPES},
-    "ensemble_predict_regression": {"cpu": _ALL_DTYPES},
+    "ensemble_predict": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
+    "ensemble_predict_regression": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mix_templates": _MIXING,
+    "mix_with_noise_": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mixture_conv1d": _MIXING,  # see `mixture_conv_route`
     "mixture_conv2d": _MIXING,
@@ -49,6 +50,8 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "rank1_conv1d": {},  # see `rank1_conv_route`
     "rank1_conv2d": {},
     "rank1_conv_transpose2d": {},
+    "sgd_step": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
+    "adamw_step": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
 }
 
 # Of an op without a table of measurements on a GPU (`_tables`), torch's own products are taken where none of B, I and O

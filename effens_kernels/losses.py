@@ -2,9 +2,9 @@
 
 Every loss here is the mean over the members of each member's own loss.  The loss of the averaged prediction is another
 thing: there, the gradient of a member depends on what the others predict.  Members then make up for each other's errors
-on the training data, and are not good on their own (Jeffares et al. 2023, "Joint Training of Deep Ensembles Fails Due to
-Learner Collusion"); deep ensembles train each alone (Lakshminarayanan et al. 2017, section 2.4).
-To measure that loss, and not to train by it, see `effens_kernels.metrics.nll`.
+on the training data, and are not good on their own (Jeffares et al. 2023, "Joint Training of Deep Ensembles Fails Due
+to Learner Collusion"); deep ensembles train each alone (Lakshminarayanan et al. 2017, section 2.4).  To measure the
+loss of the prediction, and not to train by it, see `effens_kernels.metrics.nll`.
 
 All are made of PyTorch's operations, on any device; results are float32 at least.
 """

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from effens_kernels.nn import LayerEnsemble
 
+DOUBLE = {"dtype": torch.float64}
+
 Options = list[list[nn.Module]]
 B = 6
 
@@ -197,3 +199,35 @@ def pairs(options: Options, model: LayerEnsemble) -> list[tuple[nn.Parameter, in
             found.append((parameter, k, original))
     assert len(found) == len(originals)
     return found
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+
+
+def sample_sets(model: LayerEnsemble) -> dict[str, Tensor]:
+    """Sorted, unsorted, repeated and single ones."""
+    every = model.all_paths()
+    return {
+        "all": every,
+        "shuffled": every[torch.randperm(len(every))],
+        "some": model.sample(max(1, len(every) // 2)),
+        "repeated": model.sample(2 * len(every), unique=False),
+        "one": every[-1:],
+        "one, twice": every[:1].repeat(2, 1),
+        "diagonal-like": every[:: max(1, len(every) // 3)],
+    }
+
+
+def network() -> nn.Sequential:
+    """A network with norms and dropout, to make ensembles of."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 7),
+        nn.Tanh(),
+        nn.Dropout(0.1),
+        nn.Linear(7, 3),
+    )

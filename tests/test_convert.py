@@ -583,7 +583,7 @@ def converted(model: nn.Module | None = None, **options: object) -> ek.ensembles
 
 BAD = {
     "model": (lambda: converted("model"), TypeError, "convert: model should be a torch.nn.Module, got str"),
-    "method": (lambda: converted(method="deep"), ValueError, "convert: method should be one of 'mixture', got 'deep'"),
+    "method": (lambda: converted(method="mean"), ValueError, "convert: method should be one of 'mixture', "),
     "members": (lambda: converted(num_members=0), ValueError, "convert: num_members should be at least 1, got 0"),
     "members_type": (lambda: converted(num_members=2.0), TypeError, "convert: num_members should be an int, got 2.0"),
     "option": (

@@ -14,20 +14,21 @@ from common import ROOT
 
 import effens_kernels
 
+PACKAGES = (
+    effens_kernels.distributed,
+    effens_kernels.ops,
+    effens_kernels.nn,
+    effens_kernels.ensembles,
+    effens_kernels.exchange.tabm,
+    effens_kernels.exchange.torch_uncertainty,
+    effens_kernels.losses,
+    effens_kernels.metrics,
+    effens_kernels.optim,
+)
 PUBLIC = [
-    (package, name)
-    for package in (
-        effens_kernels.ops,
-        effens_kernels.nn,
-        effens_kernels.ensembles,
-        effens_kernels.losses,
-        effens_kernels.metrics,
-        effens_kernels.distributed,
-    )
-    for name in package.__all__
-    if not inspect.ismodule(getattr(package, name))
+    (package, name) for package in PACKAGES for name in package.__all__ if not inspect.ismodule(getattr(package, name))
 ]
-GUIDES = "mixture-ensembles", "layer-ensembles", "your-model"
+GUIDES = "mixture-ensembles", "layer-ensembles", "training-ensembles", "your-model"
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
@@ -51,7 +52,7 @@ def test_examples_of_module(name):
         run(test)
 
 
-@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
+@pytest.mark.parametrize(("package", "name"), PUBLIC, ids=[f"{package.__name__}.{name}" for package, name in PUBLIC])
 def test_every_public_name_is_documented_by_an_example(package, name):
     documented = getattr(package, name)
     text = inspect.getdoc(documented)

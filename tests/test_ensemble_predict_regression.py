@@ -171,7 +171,7 @@ def test_vmap():
         torch.testing.assert_close(found, expected)
 
         def loss(backend):
-            return lambda *t: sum(weight * r.square().sum() for weight, r in enumerate(of(backend)(*t), 1))
+            return lambda *both: sum(weight * r.square().sum() for weight, r in enumerate(of(backend)(*both), 1))
 
         gradients = [torch.func.vmap(torch.func.grad(loss(b), (0, 1)), dims)(*given) for b in ("cpu", "reference")]
         torch.testing.assert_close(*gradients)

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effens_kernels.nn import BatchEnsembleConv2d, BatchEnsembleLinear, EnsembleLinear
+from effens_kernels.nn import (
+    BatchEnsembleConv1d,
+    BatchEnsembleConv2d,
+    BatchEnsembleConvTranspose2d,
+    BatchEnsembleLinear,
+    EnsembleLinear,
+)
 from effens_kernels.ops._activations import ACTIVATIONS
 
 E, B, I, O = 3, 10, 7, 4
@@ -41,22 +47,15 @@ def linear(layer: BatchEnsembleLinear, x: Tensor, e: int) -> Tensor:
     return ACTIVATIONS[layer.activation].apply(y if bias is None else y + bias)
 
 
-def conv(layer: BatchEnsembleConv2d, x: Tensor, e: int) -> Tensor:
-    plain = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        False,
-        layer.padding_mode,
-    )
-    scaled = x * layer.r[e, :, None, None]
-    y = torch.func.functional_call(plain, {"weight": layer.weight}, scaled) * layer.s[e, :, None, None]
+def conv(layer: nn.Module, x: Tensor, e: int) -> Tensor:
+    names = "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"
+    how = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+    kind = getattr(nn, type(layer).__name__.removeprefix("BatchEnsemble"))
+    plain = kind(layer.in_channels, layer.out_channels, layer.kernel_size, bias=False, **how)
+    r, s = (t[e].view(-1, *(1,) * len(layer.kernel_size)) for t in (layer.r, layer.s))
+    y = torch.func.functional_call(plain, {"weight": layer.weight}, x * r) * s
     bias = bias_of(layer, e)
-    return y if bias is None else y + bias[:, None, None]
+    return y if bias is None else y + bias.view(s.shape)
 
 
 LAYERS = {
@@ -74,6 +73,17 @@ LAYERS = {
         lambda **o: BatchEnsembleConv2d(4, 6, (2, 3), E, padding="same", padding_mode="reflect", **o),
         conv,
         (4, 8, 7),
+    ),
+    "Conv1d": (lambda **o: BatchEnsembleConv1d(4, 6, 3, E, 2, 1, groups=2, **o), conv, (4, 9)),
+    "Conv1d-circular": (
+        lambda **o: BatchEnsembleConv1d(4, 6, 2, E, padding=2, padding_mode="circular", **o),
+        conv,
+        (4, 9),
+    ),
+    "ConvTranspose2d": (
+        lambda **o: BatchEnsembleConvTranspose2d(4, 6, (3, 2), E, (2, 1), 1, (1, 0), 2, **o),
+        conv,
+        (4, 5, 4),
     ),
 }
 layers = pytest.mark.parametrize("name", LAYERS)
@@ -126,6 +136,26 @@ def test_folded_weights_in_an_ensemble_linear(bias, activation):
     plain.load_state_dict({"weight": weight} if folded_bias is None else {"weight": weight, "bias": folded_bias})
     x = torch.randn(E, B, I, **DOUBLE)
     close(plain(x), layer(x))
+
+
+def test_folded_weights_of_transposed_convolutions():
+    layer = BatchEnsembleConvTranspose2d(4, 6, 3, E, groups=2, **DOUBLE)
+    x = torch.randn(B, 4, 5, 4, **DOUBLE)
+    y = layer(x)
+    for e in range(E):
+        weight, bias = layer.fold(e)
+        close(F.conv_transpose2d(x, weight, bias, groups=2), y[e])
+
+
+def test_size_of_a_transposed_convolution():
+    plain = nn.ConvTranspose2d(4, 6, 3, 2, 1, **DOUBLE)
+    layer = BatchEnsembleConvTranspose2d.from_conv(plain, E, init="ones")
+    x = torch.randn(B, 4, 5, 4, **DOUBLE)
+    for size in ([9, 8], [10, 7], [B, 6, 9, 7]):
+        close(layer(x, size)[1], plain(x, size))
+    for size in ([11, 8], [9, 6], [9]):
+        with pytest.raises(ValueError, match=r"output_size should be from \[9, 7\] to \[10, 8\], got"):
+            layer(x, size)
 
 
 @biases
@@ -433,6 +463,16 @@ BAD_CONSTRUCTION = {
         TypeError,
         "conv should be a torch.nn.Conv2d, got Linear",
     ),
+    "transpose_mode": (
+        lambda: BatchEnsembleConvTranspose2d(4, 6, 3, E, padding_mode="reflect"),
+        ValueError,
+        "BatchEnsembleConvTranspose2d: padding_mode should be 'zeros', got 'reflect'",
+    ),
+    "transpose_output_padding": (
+        lambda: BatchEnsembleConvTranspose2d(4, 6, 3, E, output_padding=1),
+        ValueError,
+        "output_padding should be less than stride (1, 1) or dilation (1, 1)",
+    ),
     "from_conv_transpose": (
         lambda: CONV.from_conv(nn.ConvTranspose2d(1, 1, 1), E),
         TypeError,
@@ -470,7 +510,8 @@ def test_tiled_inputs_divide(name):
     make, _, features = LAYERS[name]
     layer = make(tiled=True)
     words = rf"BatchEnsemble{name}: input should be \[E\*B, {FEATURES[name]}\] with E=3 \(tiled=True\), got float32\["
-    for shape in ((E * B + 1, *features), (E, B, *features), (1, *features), features):
+    own = [(E, B, *features)] * (name != "Linear")  # which takes any axes between rows and features
+    for shape in ((E * B + 1, *features), *own, (1, *features), features):
         with pytest.raises(ValueError, match=words):
             layer(torch.zeros(shape))
     assert layer(torch.zeros(0, *features)).shape[0] == 0

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels import rank1_linear, rank1_mlp
-from effens_kernels.testing import BATCHENSEMBLE_WORKLOADS, BatchEnsembleWorkload
 
+from ..workloads import BATCHENSEMBLE_WORKLOADS, BatchEnsembleWorkload
 from .base import LOOP, OURS, Contestant, NotApplicableError, Problem, Product, Suite
 
 MORE_WORKLOADS = (

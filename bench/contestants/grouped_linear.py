@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels.ops._activations import ACTIVATIONS
-from effens_kernels.testing import LAYER_WORKLOADS, LinearCase
+from effens_kernels.testing import LinearCase
 
+from ..workloads import LAYER_WORKLOADS
 from .backends import every_backend
 from .base import LOOP, Contestant, NotApplicableError, Problem, Product, Suite
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels.ops._activations import ACTIVATIONS
-from effens_kernels.testing import INDEXED_WORKLOADS, IndexedCase
+from effens_kernels.testing import IndexedCase
 
+from ..workloads import INDEXED_WORKLOADS
 from .backends import every_backend
 from .base import LOOP, Contestant, Problem, Product, Suite
 from .grouped_linear import from_function, separate

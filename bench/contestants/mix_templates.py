@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from effens_kernels import mix_templates
-from effens_kernels.testing import MIX_WORKLOADS, MixCase
+from effens_kernels.testing import MixCase
 
+from ..workloads import MIX_WORKLOADS
 from .base import OURS, Contestant, Problem, Product, Suite, copy_limit
 
 MORE_WORKLOADS = (

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels import mixture_conv2d
-from effens_kernels.testing import MIXTURE_CONV_WORKLOADS, MixtureConvWorkload
 
+from ..workloads import MIXTURE_CONV_WORKLOADS, MixtureConvWorkload
 from .base import LOOP, OURS, Contestant, Problem, Suite, copy_limit, one_after_the_other
 from .rank1_conv2d import plain_convolution, products
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels import mixture_linear
-from effens_kernels.testing import MIXTURE_WORKLOADS, MixtureCase
+from effens_kernels.testing import MixtureCase
 
+from ..workloads import MIXTURE_WORKLOADS
 from .base import LOOP, OURS, Contestant, Problem, Product, Suite, copy_limit, limit, one_after_the_other
 
 MORE_WORKLOADS = (

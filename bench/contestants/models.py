@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effens_kernels.testing import FORUM_WORKLOADS, ForumWorkload
 from examples.forum_models import Ensemble1, Ensemble2, FastEnsemble1, FastEnsemble2, stacked
 
+from ..workloads import FORUM_WORKLOADS, ForumWorkload
 from .base import LOOP, OURS, Contestant, Problem, Product, Suite
 
 

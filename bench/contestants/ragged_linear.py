@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels.ops._activations import ACTIVATIONS
-from effens_kernels.testing import RAGGED_WORKLOADS, RaggedCase
+from effens_kernels.testing import RaggedCase
 
+from ..workloads import RAGGED_WORKLOADS
 from .backends import every_backend
 from .base import LOOP, Contestant, NotApplicableError, Problem, Product, Suite
 from .grouped_linear import from_function, separate

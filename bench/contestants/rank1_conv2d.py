@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effens_kernels import rank1_conv2d
-from effens_kernels.testing import CONV_WORKLOADS, ConvWorkload
 
+from ..workloads import CONV_WORKLOADS, ConvWorkload
 from .base import LIMIT, LOOP, OURS, Contestant, Problem, Product, Suite
 
 MORE_WORKLOADS = (

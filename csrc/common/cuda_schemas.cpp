@@ -41,4 +41,12 @@ STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
   m.def(
       "ensemble_mlp_bwd(Tensor grad, Tensor x, Tensor[] weights, Tensor y, Tensor hidden, int activation, "
       "int last_activation, bool need_x, bool tf32, int tile=-1) -> Tensor[]");
+  m.def("ensemble_predict_fwd(Tensor logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ensemble_predict_bwd(Tensor logits, Tensor mean_probs, Tensor grad_mean, Tensor grad_variance, "
+      "Tensor grad_entropy, Tensor grad_expected, Tensor grad_mutual) -> Tensor");
+  m.def("ensemble_predict_regression_fwd(Tensor means, Tensor? variances) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "ensemble_predict_regression_bwd(Tensor means, Tensor mean, Tensor grad_mean, Tensor grad_variance, "
+      "Tensor grad_aleatoric, Tensor grad_epistemic, bool need_means, bool need_variances) -> (Tensor, Tensor)");
 }

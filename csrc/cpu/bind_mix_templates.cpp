@@ -1,4 +1,5 @@
-// mix_templates on CPU tensors: theta = C X and its derivatives, over blocks of columns in parallel.
+// mix_templates on CPU tensors: theta = C X and its derivatives, over blocks of columns in parallel.  And with noise,
+// which becomes theta = C X + sigma o noise.
 #include <tuple>
 
 #include "product.h"
@@ -57,6 +58,21 @@ Tensor mix_templates_fwd(const Tensor& coefficients, const Tensor& templates) {
   return mixed;
 }
 
+void mix_with_noise_(const Tensor& noise, const Tensor& sigma, const Tensor& coefficients, const Tensor& templates) {
+  const char* op = "mix_with_noise_";
+  Mixing p = mixing(op, coefficients, templates);
+  check_like(op, "noise", noise, templates, {p.members, p.columns});
+  check_like(op, "sigma", sigma, templates, {p.columns});
+  STD_TORCH_CHECK(noise.is_contiguous(), op, ": noise should be contiguous");
+  if (p.members == 0 || p.columns == 0) return;
+  const Tensor x = unit_stride(templates), s = torch::stable::contiguous(sigma);
+  p.templates_data = x.const_data_ptr(), p.template_row = x.stride(0);
+  p.sigma = s.const_data_ptr();
+  p.mixed = noise.mutable_data_ptr(), p.mixed_row = p.columns;
+  const Engine& isa = engine();
+  each_task(p, [&](int64_t, int64_t first, int64_t last) { isa.mix(p, first, last); });
+}
+
 std::tuple<Tensor, Tensor> mix_templates_bwd(const Tensor& grad, const Tensor& coefficients, const Tensor& templates,
                                              bool need_coefficients, bool need_templates) {
   const char* op = "mix_templates_bwd";
@@ -92,6 +108,7 @@ std::tuple<Tensor, Tensor> mix_templates_bwd(const Tensor& grad, const Tensor& c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effens_kernels_native, m) {
   m.def("mix_templates_fwd(Tensor coefficients, Tensor templates) -> Tensor");
+  m.def("mix_with_noise_(Tensor(a!) noise, Tensor sigma, Tensor coefficients, Tensor templates) -> ()");
   m.def(
       "mix_templates_bwd(Tensor grad, Tensor coefficients, Tensor templates, bool need_coefficients, "
       "bool need_templates) -> (Tensor, Tensor)");
@@ -99,5 +116,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(effens_kernels_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_native, CPU, m) {
   m.impl("mix_templates_fwd", TORCH_BOX(&effens::cpu::mix_templates_fwd));
+  m.impl("mix_with_noise_", TORCH_BOX(&effens::cpu::mix_with_noise_));
   m.impl("mix_templates_bwd", TORCH_BOX(&effens::cpu::mix_templates_bwd));
 }

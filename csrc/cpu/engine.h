@@ -92,7 +92,8 @@ struct Mixing {
   void* mixed = nullptr;  // forward: [members, columns]
   int64_t mixed_row = 0;
   int64_t lines = 1, template_line = 0, mixed_line = 0;  // forward: so many such lines of each row, so far apart
-  const void* grad = nullptr;                            // backward: of `mixed`
+  const void* sigma = nullptr;  // forward, optional: [columns]; sigma times what is in `mixed` is added, of one line
+  const void* grad = nullptr;   // backward: of `mixed`
   int64_t grad_row = 0;
   void* grad_templates = nullptr;  // [templates, columns], contiguous; optional
 };
@@ -126,6 +127,26 @@ struct RegressionPrediction {
   void *grad_means = nullptr, *grad_variances = nullptr;  // [members, columns], contiguous
 };
 
+// What a step of an optimizer takes, the same for all numbers of a member; by name in
+// effens_kernels/ops/optimizer_step/coefficients.py, and what for in update.inl.
+struct SgdStep {
+  double active, sign, weight_decay, momentum, kept, fresh, lr;
+};
+struct AdamWStep {
+  double active, sign, decay, grad_share, kept, square_share, inverse_root, eps, step_size;
+};
+
+// A step by one of these rules, in place, on numbers that lie next to each other and belong to one member.
+struct Update {
+  DType dtype = DType::f32;
+  const SgdStep* sgd = nullptr;
+  const AdamWStep* adamw = nullptr;
+  bool nesterov = false;
+  void* param = nullptr;
+  const void* grad = nullptr;
+  void* state[3] = {};  // sgd: momentum buffer; adamw: averages of g and g^2, and the largest of the latter; optional
+};
+
 // One instruction set's compiled engine.
 struct Engine {
   const char* name;
@@ -146,6 +167,7 @@ struct Engine {
   void (*predict_backward)(const Prediction&, int64_t first, int64_t last);
   void (*predict_regression)(const RegressionPrediction&, int64_t first, int64_t last);
   void (*predict_regression_backward)(const RegressionPrediction&, int64_t first, int64_t last);
+  void (*update)(const Update&, int64_t count);
 };
 
 extern const Engine engine_baseline;

@@ -15,6 +15,7 @@ namespace EFFENS_ISA {
 #include "mix.inl"
 #include "predict.inl"
 #include "predict_regression.inl"
+#include "update.inl"
 // clang-format on
 
 #if defined(EFFENS_HAS_BF16)
@@ -66,6 +67,10 @@ static void predict_regression(const RegressionPrediction& p, int64_t first, int
 
 static void predict_regression_backward(const RegressionPrediction& p, int64_t first, int64_t last) {
   engine_avx512.predict_regression_backward(p, first, last);
+}
+
+static void update(const Update& u, int64_t count) {
+  return u.dtype == DType::bf16 ? Step<bf16>::run(u, count) : engine_avx512.update(u, count);
 }
 #else
 template <class T>
@@ -179,7 +184,28 @@ static void predict_regression(const RegressionPrediction& p, int64_t first, int
 static void predict_regression_backward(const RegressionPrediction& p, int64_t first, int64_t last) {
   with_storage(p.dtype, [&](auto t) { PredictRegression<decltype(t)>::backward(p, first, last); });
 }
+
+static void update(const Update& u, int64_t count) {
+  with_storage(u.dtype, [&](auto t) { Step<decltype(t)>::run(u, count); });
+}
 #endif
+
+// The table of this instruction set.
+static constexpr Engine table(const char* name, bool (*supported)()) {
+  return {name,
+          supported,
+          plan,
+          run,
+          transform_operand,
+          add_up,
+          mix,
+          mix_backward,
+          predict,
+          predict_backward,
+          predict_regression,
+          predict_regression_backward,
+          update};
+}
 
 }  // namespace EFFENS_ISA
 }  // namespace effens::cpu

@@ -41,18 +41,7 @@ bool supported() {
          __builtin_cpu_supports("avx512bf16") && cpu_has_amx();
 }
 }  // namespace
-const Engine engine_amx = {"amx",
-                           supported,
-                           amx::plan,
-                           amx::run,
-                           amx::transform_operand,
-                           amx::add_up,
-                           amx::mix,
-                           amx::mix_backward,
-                           amx::predict,
-                           amx::predict_backward,
-                           amx::predict_regression,
-                           amx::predict_regression_backward};
+const Engine engine_amx = amx::table("amx", supported);
 }  // namespace effens::cpu
 
 #if defined(__clang__)

@@ -24,18 +24,7 @@ bool supported() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 }  // namespace
-const Engine engine_avx2 = {"avx2",
-                            supported,
-                            avx2::plan,
-                            avx2::run,
-                            avx2::transform_operand,
-                            avx2::add_up,
-                            avx2::mix,
-                            avx2::mix_backward,
-                            avx2::predict,
-                            avx2::predict_backward,
-                            avx2::predict_regression,
-                            avx2::predict_regression_backward};
+const Engine engine_avx2 = avx2::table("avx2", supported);
 }  // namespace effens::cpu
 
 #if defined(__clang__)

@@ -26,18 +26,7 @@ bool supported() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 }  // namespace
-const Engine engine_avx512 = {"avx512",
-                              supported,
-                              avx512::plan,
-                              avx512::run,
-                              avx512::transform_operand,
-                              avx512::add_up,
-                              avx512::mix,
-                              avx512::mix_backward,
-                              avx512::predict,
-                              avx512::predict_backward,
-                              avx512::predict_regression,
-                              avx512::predict_regression_backward};
+const Engine engine_avx512 = avx512::table("avx512", supported);
 }  // namespace effens::cpu
 
 #if defined(__clang__)

@@ -29,18 +29,7 @@ bool supported() {
          __builtin_cpu_supports("avx512bf16");
 }
 }  // namespace
-const Engine engine_avx512_bf16 = {"avx512_bf16",
-                                   supported,
-                                   avx512_bf16::plan,
-                                   avx512_bf16::run,
-                                   avx512_bf16::transform_operand,
-                                   avx512_bf16::add_up,
-                                   avx512_bf16::mix,
-                                   avx512_bf16::mix_backward,
-                                   avx512_bf16::predict,
-                                   avx512_bf16::predict_backward,
-                                   avx512_bf16::predict_regression,
-                                   avx512_bf16::predict_regression_backward};
+const Engine engine_avx512_bf16 = avx512_bf16::table("avx512_bf16", supported);
 }  // namespace effens::cpu
 
 #if defined(__clang__)

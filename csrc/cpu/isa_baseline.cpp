@@ -15,16 +15,5 @@
 #include "isa.inl"
 
 namespace effens::cpu {
-const Engine engine_baseline = {"baseline",
-                                [] { return true; },
-                                baseline::plan,
-                                baseline::run,
-                                baseline::transform_operand,
-                                baseline::add_up,
-                                baseline::mix,
-                                baseline::mix_backward,
-                                baseline::predict,
-                                baseline::predict_backward,
-                                baseline::predict_regression,
-                                baseline::predict_regression_backward};
+const Engine engine_baseline = baseline::table("baseline", [] { return true; });
 }  // namespace effens::cpu

@@ -1,6 +1,7 @@
 // Template mixing: sums of rows, weighted, streamed over blocks of columns.
 //
 //   forward    theta = C X                     X read once, theta written once
+//              theta = C X + sigma o theta     the same, and theta read where it is written: noise becomes samples
 //   backward   dX = C^T G,  dC = G X^T         one pass: a chunk of G's columns serves both while it is in cache
 //
 // with C [members, templates], X [templates, columns], G and theta [members, columns].  Both directions are tiles of
@@ -32,13 +33,22 @@ struct Mix {
     const From* at(int64_t i, int64_t j) const { return data + i * ld + j; }
   };
 
-  // to[i][j] = sum over d of scales[d * ld_scale + i] * from[d][j], for `rows` rows and one block of columns.  `next`:
-  // what is read later from as many rows, to be on its way; null: nothing.
+  // to[i][j] = sum over d of scales[d * ld_scale + i] * from[d][j], for `rows` rows and one block of columns, plus
+  // sigma[j] * to[i][j] where there is a sigma.  `next`: what is read later from as many rows, to be on its way; null:
+  // nothing.
   template <int rows, int width, class From, class Lanes>
   EFFENS_INLINE void combine_block(int64_t depth, const C* scales, int64_t ld_scale, Rows<From> from, T* to,
                                    int64_t ld_to, C* copy, int64_t ld_copy, const T* next, int64_t ld_next,
-                                   Lanes last) {
+                                   const T* sigma, Lanes last) {
     vec<C> sum[rows][width] = {};
+    if (sigma)
+#pragma GCC unroll 4
+      for (int v = 0; v < width; ++v) {
+        auto part = [&](const T* at) { return v == width - 1 ? load(at + v * w, last) : load(at + v * w); };
+        const vec<C> by = part(sigma);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) sum[i][v] = by * part(to + i * ld_to);
+      }
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
@@ -66,11 +76,13 @@ struct Mix {
 
   template <int rows, class From>
   static void combine(int64_t depth, const C* scales, int64_t ld_scale, Rows<From> from, T* to, int64_t ld_to,
-                      int64_t columns, C* copy, int64_t ld_copy, const T* next = nullptr, int64_t ld_next = 0) {
+                      int64_t columns, C* copy, int64_t ld_copy, const T* next = nullptr, int64_t ld_next = 0,
+                      const T* sigma = nullptr) {
     int64_t j = 0;
     auto block_at = [&](auto width, auto last) __attribute__((always_inline)) {
       combine_block<rows, width.value>(depth, scales, ld_scale, Rows<From>{from.at(0, j), from.ld}, to + j, ld_to,
-                                       copy ? copy + j : copy, ld_copy, next ? next + j : next, ld_next, last);
+                                       copy ? copy + j : copy, ld_copy, next ? next + j : next, ld_next,
+                                       sigma ? sigma + j : sigma, last);
     };
     for (; j + block <= columns; j += block) block_at(std::integral_constant<int, width>{}, All<C>{});
     for (; j < columns; j += w) block_at(std::integral_constant<int, 1>{}, Some<C>(columns - j));
@@ -154,6 +166,7 @@ struct Mix {
                          : in_step ? min(whole_chunk, chunk_columns(chunk_bytes, p.templates))
                                    : whole_chunk;
     const int64_t ld = step + gap;
+    const T* const sigma = static_cast<const T*>(p.sigma);
     C* const copy = once ? nullptr : static_cast<C*>(scratch(slot_copies, size_t(p.templates * ld) * sizeof(C)));
     for (int64_t j = first; j < last; j += step) {
       const int64_t columns = min(step, last - j);
@@ -162,10 +175,11 @@ struct Mix {
         T* const here = to + i * p.mixed_row + j;
         if (once || (in_step && i == 0))
           combine<rows.value>(p.templates, scales, p.members, Rows<T>{x.at(0, j), x.ld}, here, p.mixed_row, columns,
-                              copy, ld, x.at(0, j + later), x.ld);
+                              copy, ld, x.at(0, j + later), x.ld, sigma ? sigma + j : sigma);
         else
           combine<rows.value>(p.templates, scales + i, p.members, Rows<C>{copy, ld}, here, p.mixed_row, columns,
-                              static_cast<C*>(nullptr), 0, i <= most_rows ? x.at(0, j + columns) : nullptr, x.ld);
+                              static_cast<C*>(nullptr), 0, i <= most_rows ? x.at(0, j + columns) : nullptr, x.ld,
+                              sigma ? sigma + j : sigma);
       });
     }
   }

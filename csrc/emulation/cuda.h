@@ -71,6 +71,12 @@ inline float rsqrtf(float v) {
 inline float __expf(float v) noexcept {
   return std::exp(v);
 }
+inline float __logf(float v) noexcept {
+  return std::log(v);
+}
+inline float __fdividef(float a, float b) {
+  return a / b;
+}
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}

@@ -16,7 +16,7 @@ using cpu::Engine;
 using cpu::Mixing;
 
 struct Rooms {
-  Room coefficients, templates, lines, grad, result, partial;
+  Room coefficients, templates, lines, noise, grad, result, partial;
 };
 
 // [rows, columns] in rows `row` apart.
@@ -95,12 +95,19 @@ void check(const Engine& engine, Rooms& rooms, Random& random, int64_t members, 
                 engine.name, int(p.dtype), long(members), long(templates), long(columns), long(first), long(last),
                 long(x.row), transposed ? ", coefficients transposed" : "");
   {
-    Rows<T> mixed(rooms.result, random, members, columns, columns + pad);
+    const bool noisy = random.chance(50);
+    Rows<T> mixed(rooms.result, random, members, columns, columns + pad),
+        sigma(rooms.lines, random, 1, noisy ? columns : 0, columns),
+        noise(rooms.noise, random, members, columns, columns);
+    sigma.fill(random), noise.fill(random);
+    for (int64_t m = 0; m < members && noisy; ++m) std::copy_n(&noise(m, first), last - first, &mixed(m, first));
     p.mixed = mixed.data, p.mixed_row = mixed.row;
+    p.sigma = noisy ? sigma.data : nullptr;
     engine.mix(p, first, last);
+    p.sigma = nullptr;
     for (int64_t m = 0; m < members; ++m)
       for (int64_t j = first; j < last; ++j) {
-        double sum = 0;
+        double sum = noisy ? widen(sigma(0, j)) * widen(noise(m, j)) : 0.0;
         for (int64_t t = 0; t < templates; ++t) sum += scale(m, t) * widen(x(t, j));
         mixed.compare(m, j, sum, "mixed");
       }

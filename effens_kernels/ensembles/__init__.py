@@ -4,19 +4,34 @@ And which members of an ensemble to run: ranking.py.
 """
 
 from ._ensemble import Ensemble
+from .batch_ensemble import BatchEnsemble
+from .batchnorm import update_batchnorm
 from .convert import convert
+from .mc_dropout import MCDropoutEnsemble
+from .mimo import MIMOEnsemble, mimo_batch
 from .mixture import MixtureEnsemble
 from .ranking import PathRanking, gaussian_kl, rank_paths
+from .snapshot import SnapshotEnsemble
 from .stack import StackedEnsemble, stack, unstack
+from .sub_ensemble import SubEnsemble
+from .swag import SWAG
 
 __all__ = [
+    "SWAG",
+    "BatchEnsemble",
     "Ensemble",
+    "MCDropoutEnsemble",
+    "MIMOEnsemble",
     "MixtureEnsemble",
     "PathRanking",
+    "SnapshotEnsemble",
     "StackedEnsemble",
+    "SubEnsemble",
     "convert",
     "gaussian_kl",
+    "mimo_batch",
     "rank_paths",
     "stack",
     "unstack",
+    "update_batchnorm",
 ]

@@ -34,7 +34,7 @@ def check_models(models: Sequence[nn.Module]) -> None:
             reject("stack", f"models[{e}]", "a torch.nn.Module", type(model).__name__, TypeError)
     seen: dict[int, str] = {}
     for e, model in enumerate(models):
-        _check_one(model, f"models[{e}]")
+        check_one("stack", f"models[{e}]", model)
         own: dict[int, str] = {}
         for name, tensor in _state(model):
             path = f"models[{e}].{name}"
@@ -52,57 +52,55 @@ def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _check_one(model: nn.Module, path: str) -> None:
+def check_one(op: str, path: str, model: nn.Module) -> None:
     """What no model may have."""
     for name, tensor in _state(model):
         if isinstance(tensor, UninitializedTensorMixin):
-            reject("stack", f"{path}.{name}", "initialized (run a lazy module once)", type(tensor).__name__)
+            reject(op, f"{path}.{name}", "initialized (run a lazy module once)", type(tensor).__name__)
     registered = {id(module) for module in model.modules()} | {id(tensor) for _, tensor in _state(model)}
     for at, module in model.named_modules():
         here = f"{path}.{at}" if at else path
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
-            reject("stack", here, "a Python module", f"{kind}, a TorchScript one")
+            reject(op, here, "a Python module", f"{kind}, a TorchScript one")
         if isinstance(vars(module).get("_plain"), nn.Module):
-            reject("stack", here, "a plain module", kind)
+            reject(op, here, "a plain module", kind)
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            reject("stack", here, "a plain module", f"{kind} (stack its .module, and wrap the ensemble)")
+            reject(op, here, "a plain module", f"{kind} ({op} its .module, and wrap the ensemble)")
         if hasattr(module, "_orig_mod"):
-            reject(
-                "stack", here, "a module that is not compiled", f"{kind} (stack its ._orig_mod, compile the ensemble)"
-            )
+            reject(op, here, "a module that is not compiled", f"{kind} ({op} its ._orig_mod, compile the ensemble)")
         if any(getattr(module, hooks) for hooks in _HOOKS):
-            reject("stack", here, "without hooks, which would see all members at once", f"{kind} with hooks")
+            reject(op, here, "without hooks, which would see all members at once", f"{kind} with hooks")
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            reject("stack", here, "without extra state, which cannot be stacked", f"{kind} with get_extra_state")
+            reject(op, here, "without extra state, which cannot be stacked", f"{kind} with get_extra_state")
         for name, value in vars(module).items():
             if name not in _OWN:
-                _refuse_hidden(f"{here}.{name}", value, registered)
+                _refuse_hidden(op, f"{here}.{name}", value, registered)
     for name, tensor in _state(model):
         here = f"{path}.{name}"
         if tensor.is_quantized or tensor.layout is not torch.strided:
             what = "a quantized tensor" if tensor.is_quantized else f"layout {tensor.layout}"
-            reject("stack", here, "a dense (strided) tensor", what)
+            reject(op, here, "a dense (strided) tensor", what)
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            reject("stack", here, "a plain tensor", f"a {type(tensor).__name__}")
+            reject(op, here, "a plain tensor", f"a {type(tensor).__name__}")
 
 
-def _refuse_hidden(path: str, value: object, registered: set[int], depth: int = 0) -> None:
+def _refuse_hidden(op: str, path: str, value: object, registered: set[int], depth: int = 0) -> None:
     """Modules and parameters that PyTorch does not know of would be those of the first model for all members."""
     if isinstance(value, (nn.Module, nn.Parameter)) and id(value) not in registered:
         reject(
-            "stack",
+            op,
             path,
             "registered (nn.ModuleList, nn.ParameterList)",
             f"{type(value).__name__} in a plain attribute",
         )
     if isinstance(value, torch.ScriptObject):
-        reject("stack", path, "a Python object", "a TorchScript object (a quantized module's weight?)")
+        reject(op, path, "a Python object", "a TorchScript object (a quantized module's weight?)")
     if isinstance(value, Tensor) and id(value) not in registered and value.grad_fn is not None:
-        reject("stack", path, "a leaf (a result of an earlier forward?)", "a tensor with a grad_fn")
+        reject(op, path, "a leaf (a result of an earlier forward?)", "a tensor with a grad_fn")
     if depth < 8 and isinstance(value, (list, tuple, set, dict)):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            _refuse_hidden(f"{path}[{key!r}]", part, registered, depth + 1)
+            _refuse_hidden(op, f"{path}[{key!r}]", part, registered, depth + 1)
 
 
 class Comparison:

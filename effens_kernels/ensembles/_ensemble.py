@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,20 @@ class Ensemble(nn.Module):
             reject(layer, "member", "an int", repr(member), TypeError)
         if not -count <= member < count:
             reject(layer, "member", f"in [-{count}, {count})", repr(member), IndexError)
+        return self._member(member % count)
+
+    def _member(self, member: int) -> nn.Module:
         layers = [module for module in self.model.modules() if is_ours(module)]
-        return replaced(self.model, {module: module._plain(member % count) for module in layers})
+        return replaced(self.model, {module: module._plain(member) for module in layers})
+
+    def _optimizer_groups(self, free: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+        """All parameters that are trained, those of `free` without weight decay."""
+        spared = {id(p) for p in free}
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in trained if id(p) not in spared], "weight_decay": weight_decay},
+            {"params": [p for p in trained if id(p) in spared], "weight_decay": 0.0},
+        ]
 
     def summary(self) -> Summary:
         """What the members share and what each has of its own, in numbers of parameters; prints as a table."""

@@ -10,6 +10,8 @@ take all members together.  Everything else is left to torch.func's own rules.
     nn.LSTM, GRU, RNN                 one call per member
     F.embedding                       torch.func's rule, which does not know padding_idx
     norms, pooling, ...               torch.func's rules, all members in one call
+
+What members share, tensors and parameters, meets PyTorch's own operations, once for all.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ from ..ops.grouped_linear import grouped_linear
 
 
 class Fused(TorchFunctionMode):
-    """Calls of `members` members, of which gradients are wanted if `training`."""
+    """Calls of `members` members, of which gradients are wanted if `training`.
 
-    def __init__(self, members: int, training: bool) -> None:
+    With `shares`, dropout leaves what members share shared; otherwise it parts them.
+    """
+
+    def __init__(self, members: int, training: bool, shares: bool) -> None:
         super().__init__()
-        self.members, self.training = members, training
+        self.members, self.training, self.shares = members, training, shares
         self.saving = _saving()
 
     def __torch_function__(
@@ -63,10 +68,15 @@ def _suits(x: Tensor, *others: Tensor | None) -> bool:
     return x.dtype in DTYPES and all(t is None or (t.dtype == x.dtype and t.device == x.device) for t in others)
 
 
+def _differs(*tensors: Tensor | None) -> bool:
+    """Whether members differ in any of these."""
+    return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
+
+
 def _linear(mode: Fused, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, w, b = autocast(input, weight, bias)
     fits = w.dim() == 2 and x.dim() > 0 and x.shape[-1] == w.shape[1] and (b is None or b.shape == w.shape[:1])
-    if not fits or not _suits(x, w, b):
+    if not fits or not _suits(x, w, b) or not _differs(x, w, b):
         return F.linear(input, weight, bias)
     rows = x.unsqueeze(0) if x.dim() == 1 else x if x.dim() == 2 else x.flatten(0, -2)
     sizes = mode.members, rows.shape[0], w.shape[1], w.shape[0]
@@ -133,10 +143,50 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     plain = F.scaled_dot_product_attention
+    if dropout_p > 0.0 and mode.shares and not _differs(query, key, value, attn_mask):
+        return _dropped_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if dropout_p > 0.0:  # torch.func maps the composition that drops
         return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     q, k, v = autocast(query, key, value)
     return _member_calls.attention(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+
+
+def _dropped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, causal: bool, scale: float | None, grouped: bool
+) -> Tensor:
+    """Attention that drops the same for all members."""
+    if grouped:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype is torch.bool else scores + mask
+    return _dropped(scores.softmax(-1), p) @ v
+
+
+def _dropped(x: Tensor, p: float, axes: int = 0) -> Tensor:
+    """Dropout, the same for all members and along the last axes."""
+    part = x.detach()[(..., *(slice(0, 1),) * axes)]
+    return x * _member_calls.shared_noise(part, p)
+
+
+def _dropout(
+    plain: Callable,
+    axes: int | None,
+    mode: Fused,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    *inplace: bool,
+    **options: bool,
+) -> Tensor:
+    axes = input.dim() - 2 if axes is None else axes
+    fits = axes == 0 or input.dim() == axes + 2
+    if not mode.shares or not training or not 0.0 < p <= 1.0 or not fits or _differs(input):
+        return plain(input, p, training, *inplace, **options)
+    y = _dropped(input, p, axes)
+    return input.copy_(y) if any((*inplace, *options.values())) else y
 
 
 def _embedding(
@@ -211,6 +261,9 @@ RULES: dict[Callable, Callable] = {
     F.embedding: _embedding,
     F.prelu: _prelu,
     F.adaptive_avg_pool2d: _pooled,
+    **{plain: partial(_dropout, plain, 0) for plain in (F.dropout, torch.dropout)},
+    **{getattr(F, f"dropout{n}d"): partial(_dropout, getattr(F, f"dropout{n}d"), n) for n in (1, 2, 3)},
+    torch.feature_dropout: partial(_dropout, torch.feature_dropout, None),
     **{
         plain: partial(_norm, plain)
         for name in ("batch_norm", "group_norm", "instance_norm")
@@ -261,6 +314,7 @@ REASONS = (
         "vmapped over but `self` not being vmapped over",
         "it writes values of each member into a tensor that all members share",
     ),
+    ("which will be updated in place", "it updates running statistics that all members share"),
     (
         "doesn't match the broadcast shape",
         "it writes values of each member into a tensor that all members share, or shapes do not fit",
@@ -280,12 +334,12 @@ REASONS = (
 )
 
 
-def explained(error: RuntimeError, member: nn.Module) -> RuntimeError:
+def explained(error: RuntimeError, member: nn.Module, op: str) -> RuntimeError:
     """The error with the path of the module in which it happened, and why."""
     said = str(error).splitlines()[0] if str(error) else repr(error)
     reason = next((why for part, why in REASONS if part in str(error)), None)
     words = f"cannot run for all members at once, since {reason}" if reason else "failed"
-    return RuntimeError(f"stack: {_place(error, member)} {words} (PyTorch: {said})")
+    return RuntimeError(f"{op}: {_place(error, member)} {words} (PyTorch: {said})")
 
 
 def _place(error: BaseException, member: nn.Module) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ class Summary(NamedTuple):
         text = io.StringIO()
         Console(file=text, width=120).print(self)
         return text.getvalue()
+
+
+def of_parts(title: str, parts: Sequence[tuple[str, int, int]], num_members: int, plain: int) -> Summary:
+    """Parameters of parts of a model by name, those that members share and those that each has, and all together."""
+    shared, own = sum(part[1] for part in parts), sum(part[2] for part in parts)
+    total = shared + num_members * own
+    notes = (
+        f"{total:,} parameters in all, {total / plain:.2f} times the plain model",
+        f"{num_members * plain:,} in {num_members} plain models",
+    )
+    return Summary(title, ("part", "shared", "per member"), tuple(parts), ("all", shared, own), notes)
 
 
 def _shown(value: str | int | None) -> str:

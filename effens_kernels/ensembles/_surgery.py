@@ -7,15 +7,21 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..ops._checks import reject
 
 Pattern = str | type
 
 # Their parameters act on each row alone, so that members may share them.
-SHARED_AS_THEY_ARE = (nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)
+SHARED_AS_THEY_ARE = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding)
+# Of layers that have others than a weight and a bias.
+PARAMETERS = {
+    nn.MultiheadAttention: {f"{part}_proj_weight" for part in ("in", "q", "k", "v")}
+    | {"in_proj_bias", "bias_k", "bias_v"}
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -56,39 +62,71 @@ class Sites:
             if not hits:
                 reject("convert", argument, "types and paths of modules in the model", f"{pattern!r}, which is not")
             chosen |= hits
+        for site in self.all:  # attention reads the parameters of a part of its, which goes with it
+            if isinstance(site.module, nn.MultiheadAttention):
+                part = id(site.module.out_proj)
+                chosen = chosen | {part} if id(site.module) in chosen else chosen - {part}
         return [site for site in self.all if id(site.module) in chosen]
 
-    def of(self, types: Sequence[type[nn.Module]]) -> list[Site]:
-        """The modules to convert of exactly these types; whatever else is to be converted and cannot be is refused."""
+    def of(self, types: Sequence[type[nn.Module]], one_weight: Sequence[type[nn.Module]] = ()) -> list[Site]:
+        """The modules to convert of exactly these types; whatever else is to be converted and cannot be is refused.
+
+        In types of `one_weight`, `weight` will be a parameter of that shape that all members have, and may be tied.
+        """
         chosen = [site for site in self.meant if type(site.module) in types]
         names = ", ".join(t.__name__ for t in types)
         for site in self.meant:
-            module, kind = site.module, type(site.module).__name__
+            module = site.module
             if type(module) in types:
-                if any(getattr(module, hooks) for hooks in _HOOKS):
-                    reject("convert", "model", "without hooks on layers to be replaced", f"{kind} at {site} with hooks")
-                if not set(module._parameters) <= {"weight", "bias"}:
-                    own = ", ".join(module._parameters)
-                    reject("convert", "model", "of layers with a weight and a bias", f"{kind} at {site} with {own}")
+                check_layer(site)
             elif _mixes_rows(module) or _has_parameters(module):
-                if type(module) not in SHARED_AS_THEY_ARE:
+                if type(module) not in (*SHARED_AS_THEY_ARE, NonDynamicallyQuantizableLinear):
                     hint = f"(exclude=[{site.paths[0]!r}] shares it as it is)"
                     expected = f"made of {names} and modules without parameters {hint}"
-                    reject("convert", "model", expected, f"{kind} at {site}")
-        self._refuse_ties(chosen)
+                    reject("convert", "model", expected, f"{type(module).__name__} at {site}")
+        self.refuse_ties(chosen, one_weight)
         return chosen
 
-    def _refuse_ties(self, chosen: list[Site]) -> None:
+    def refuse_ties(self, chosen: list[Site], one_weight: Sequence[type[nn.Module]] = ()) -> None:
         """A parameter of two modules cannot become two layers' own."""
-        replaced = {id(site.module) for site in chosen}
-        owner: dict[int, Site] = {}
+        replaced = {id(module) for site in chosen for module in site.module.modules()}
+
+        def stays(site: Site, name: str) -> bool:
+            return id(site.module) not in replaced or (name == "weight" and type(site.module) in one_weight)
+
+        owner: dict[int, tuple[Site, str]] = {}
         for site in self.all:
             for name, parameter in site.module._parameters.items():
-                other = owner.setdefault(id(parameter), site)
-                if parameter is None or other is site or not {id(site.module), id(other.module)} & replaced:
+                other, its = owner.setdefault(id(parameter), (site, name))
+                if parameter is None or other is site or (stays(site, name) and stays(other, its)):
                     continue
                 expected = "of layers whose parameters are their own (exclude both to share them as they are)"
                 reject("convert", "model", expected, f"{name} of {site} tied to {other}")
+
+
+def check_layer(site: Site) -> None:
+    """Refuse a layer of which another one cannot take the place."""
+    module, kind = site.module, type(site.module).__name__
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        reject("convert", "model", "without hooks on layers to be replaced", f"{kind} at {site} with hooks")
+    if not set(module._parameters) <= PARAMETERS.get(type(module), {"weight", "bias"}):
+        own = ", ".join(module._parameters)
+        reject("convert", "model", "of layers with a weight and a bias", f"{kind} at {site} with {own}")
+    for name, part in module.named_children():  # which goes with it
+        if type(part) is not NonDynamicallyQuantizableLinear or set(part._parameters) != {"weight", "bias"}:
+            path = f"{site.paths[0]}.{name}".lstrip(".")
+            reject("convert", "model", "of layers as torch.nn makes them", f"{type(part).__name__} at {path!r}")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DistributedDataParallel's and DataParallel's, in any order."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -96,10 +134,27 @@ def is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith(f"{__package__.partition('.')[0]}.")
 
 
-def replaced(model: nn.Module, by: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A copy of the model with some modules replaced, wherever they are referred to; those are not copied."""
+def replaced(model: nn.Module, by: dict[nn.Module | Tensor, nn.Module | Tensor]) -> nn.Module:
+    """A copy of the model with some modules or parameters replaced, wherever they are referred to.
+
+    What replaces them is not copied.
+    """
     memo: dict[int, object] = {id(old): new for old, new in by.items()}
-    return copy.deepcopy(model, memo)
+    model = copy.deepcopy(model, memo)
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            _without_fast_path(module)
+    return model
+
+
+def _without_fast_path(module: nn.Module) -> None:
+    """In inference, torch.nn's encoders read the parameters of their layers, and run kernels for one member."""
+    if not any(map(is_ours, module.modules())):
+        return
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
+    else:
+        module.activation_relu_or_gelu = 0
 
 
 def _matches(pattern: Pattern, site: Site) -> bool:

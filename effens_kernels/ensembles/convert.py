@@ -9,12 +9,20 @@ from torch import nn
 
 from ..nn._layout import positive
 from ..ops._checks import reject
-from . import mixture
+from . import batch_ensemble, deep, mc_dropout, mimo, mixture, sub_ensemble
 from ._ensemble import Ensemble
 from ._surgery import Pattern, Sites
+from .stack import StackedEnsemble
 
 # A converter takes the modules of a model and the number of members, then options by keyword, and gives the ensemble.
-METHODS: dict[str, Callable[..., Ensemble]] = {"mixture": mixture.convert}
+METHODS: dict[str, Callable[..., Ensemble | StackedEnsemble]] = {
+    "mixture": mixture.convert,
+    "batch_ensemble": batch_ensemble.convert,
+    "deep": deep.convert,
+    "sub_ensemble": sub_ensemble.convert,
+    "mimo": mimo.convert,
+    "mc_dropout": mc_dropout.convert,
+}
 
 
 def convert(
@@ -25,7 +33,7 @@ def convert(
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] = (),
     **options: object,
-) -> Ensemble:
+) -> Ensemble | StackedEnsemble:
     """An ensemble of `num_members` out of a plain model, which is left as it is.
 
     The ensemble runs the model's own forward code on `[E*B, ...]`, the rows of all members, with its layers replaced by
@@ -34,7 +42,14 @@ def convert(
     Args:
         model: any module made of layers that the method can convert and of modules without parameters.  Modules and
             parameters used several times stay so.
-        method: "mixture", :class:`MixtureEnsemble`, whose docstring lists its options.
+        method: one of these, whose docstrings list their options:
+
+            "mixture", :class:`MixtureEnsemble`: members combine templates of weights, within a budget of parameters;
+            "batch_ensemble", :class:`BatchEnsemble`: the model's weights, which each member scales;
+            "deep", :func:`effens_kernels.ensembles.deep.convert`: copies with weights of their own, drawn anew;
+            "sub_ensemble", :class:`SubEnsemble`: one trunk, and a head for each member;
+            "mimo", :class:`MIMOEnsemble`: one network with an input and an output for each member;
+            "mc_dropout", :class:`MCDropoutEnsemble`: the model with its dropout kept on.
         num_members: E.
         include: convert only what is named here: types, or paths in the model (`"trunk"` is all of it, wildcards as in
             `"blocks.*.conv1"`).  Everything else is shared by the members as it is.
@@ -43,7 +58,7 @@ def convert(
         options: those of the method.
 
     Returns:
-        An :class:`Ensemble`, which maps `[B, ...]` to `[E, B, ...]`.
+        An :class:`Ensemble`, or of "deep" a :class:`StackedEnsemble`, which maps `[B, ...]` to `[E, B, ...]`.
 
     Raises:
         TypeError: `model` is no module; an option is unknown.

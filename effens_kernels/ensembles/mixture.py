@@ -109,17 +109,13 @@ class MixtureEnsemble(Ensemble):
             weight_decay: of all other parameters.
             decay_norms: also of BatchNorm's; the paper has them with CIFAR (True) and leaves them out with ImageNet.
         """
-        free: dict[int, nn.Parameter] = {}
+        free: list[nn.Parameter] = []
         for module in self.modules():
             if isinstance(module, Mixture):
-                free[id(module.coefficients)] = module.coefficients
+                free.append(module.coefficients)
             elif isinstance(module, _EnsembleBatchNorm) and not decay_norms:
-                free.update({id(p): p for p in module.parameters()})
-        trained = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in trained if id(p) not in free], "weight_decay": weight_decay},
-            {"params": [p for p in trained if id(p) in free], "weight_decay": 0.0},
-        ]
+                free.extend(module.parameters())
+        return self._optimizer_groups(free, weight_decay)
 
     def summary(self) -> Summary:
         """A row for each group: its layers and templates, and the parameters that members share and have each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class StackedEnsemble(_Part):
     Attributes:
         num_members: E.
         randomness: "different" or "same", what dropout and the like do to members.
+        has_trunk: whether members have a part of the model in common, as in :class:`SubEnsemble`.
+        shared: names of the parameters and buffers of that, which are without the axis of members.
 
     Example:
         >>> import torch, effens_kernels as ek
@@ -79,6 +81,7 @@ class StackedEnsemble(_Part):
     def __init__(self, plain: nn.Module, num_members: int, randomness: str) -> None:
         super().__init__(plain)
         self.num_members, self.randomness = num_members, randomness
+        self.has_trunk, self.shared = False, frozenset()
 
     def forward(self, *args: object, per_member: bool = False, member: int | None = None, **kwargs: object) -> object:
         if member is not None:
@@ -96,12 +99,12 @@ class StackedEnsemble(_Part):
         try:
             return self._together(leaves, spec, dims)
         except RuntimeError as error:
-            raise explained(error, self._plain) from error
+            raise explained(error, self._plain, "convert" if self.has_trunk else "stack") from error
 
     def _together(self, leaves: list[object], spec: pytree.TreeSpec, dims: list[int | None]) -> object:
         parameters, buffers = self._state("_parameters"), self._state("_buffers")
         training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
-        mode = Fused(self.num_members, training)
+        mode = Fused(self.num_members, training, self.has_trunk)
         found: list[object] = []  # what is not mapped: the result without its tensors, and names
 
         def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *leaves: object) -> list[Tensor]:
@@ -116,10 +119,11 @@ class StackedEnsemble(_Part):
             found.extend((arrangement, mapped, [None if m else v for v, m in zip(values, mapped)], assigned))
             return [v for v, m in zip(values, mapped) if m] + [state[name] for name in assigned]
 
-        results = iter(vmap(run, (0, 0, *dims), randomness=self.randomness)(parameters, buffers, *leaves))
+        axes = ({name: None if name in self.shared else 0 for name in state} for state in (parameters, buffers))
+        results = iter(vmap(run, (*axes, *dims), randomness=self.randomness)(parameters, buffers, *leaves))
         arrangement, mapped, values, assigned = found
         values = [next(results) if m else v for v, m in zip(values, mapped)]
-        _keep(buffers, dict(zip(assigned, results)))
+        _keep(buffers, {name: self._common(name, value) for name, value in zip(assigned, results)})
         return pytree.tree_unflatten(values, arrangement)
 
     def _alone(self, member: int, args: tuple, kwargs: dict[str, object]) -> object:
@@ -128,7 +132,10 @@ class StackedEnsemble(_Part):
         if not -self.num_members <= member < self.num_members:
             expected = f"in [-{self.num_members}, {self.num_members})"
             reject("StackedEnsemble", "member", expected, repr(member), IndexError)
-        parameters, buffers = ({n: t[member] for n, t in self._state(k).items()} for k in ("_parameters", "_buffers"))
+        parameters, buffers = (
+            {n: t if n in self.shared else t[member] for n, t in self._state(k).items()}
+            for k in ("_parameters", "_buffers")
+        )
         state = {**parameters, **buffers}
         result = functional_call(self._plain, state, args, kwargs, tie_weights=False)
         _keep(buffers, {name: state[name] for name in buffers if state[name] is not buffers[name]})
@@ -140,10 +147,24 @@ class StackedEnsemble(_Part):
         if args or kwargs:
             super().to(*args, **kwargs)
         if memory_format is not None:
-            for t in (*self.parameters(), *self.buffers()):
-                if t.dim() - 1 == {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format, t.dim() - 1):
+            for name, t in (*self._state("_parameters").items(), *self._state("_buffers").items()):
+                axes = t.dim() - (name not in self.shared)
+                if axes != {torch.channels_last: 4, torch.channels_last_3d: 5}.get(memory_format, axes):
+                    continue
+                if name in self.shared:
+                    t.data = t.contiguous(memory_format=memory_format)
+                else:
                     t.data = _stacked([own.contiguous(memory_format=memory_format) for own in t.unbind()])
         return self
+
+    def _common(self, name: str, value: Tensor) -> Tensor:
+        """What members assigned to a buffer, [E, ...]: to a shared one the same, which vmap has expanded."""
+        if name not in self.shared:
+            return value
+        if value.dim() > 0 and self.num_members > 1 and value.stride(0) != 0:
+            reason = "it writes values of each member into a tensor that all members share"
+            raise RuntimeError(f"convert: {name} cannot be assigned for all members at once, since {reason}")
+        return value[0]
 
     def _state(self, kind: str) -> dict[str, Tensor]:
         """Each place of a tensor once, where its module is first: what is tied is in several.
@@ -202,12 +223,36 @@ def stack(models: Sequence[nn.Module], *, randomness: str = "different") -> Stac
     check_models(models)
     if not isinstance(randomness, str) or randomness not in RANDOMNESS:
         reject("stack", "randomness", f"one of {', '.join(map(repr, RANDOMNESS))}", repr(randomness))
-    memo: dict[int, object] = {}
-    for tensor in (*models[0].parameters(), *models[0].buffers()):
-        memo[id(tensor)] = _like(tensor, torch.empty_like(tensor, device="meta"))
-    ensemble = StackedEnsemble(copy.deepcopy(models[0], memo), len(models), randomness)
-    _fill(ensemble, list(models), {id(ensemble._plain): ensemble}, {})
+    return assembled(models, randomness)
+
+
+@torch.no_grad()
+def assembled(
+    models: Sequence[nn.Module],
+    randomness: str = "different",
+    trunk: Sequence[Tensor] | None = None,
+    stacked: dict[int, Tensor] | None = None,
+) -> StackedEnsemble:
+    """What `stack` makes of models that have been checked; one model several times is members with equal values.
+
+    The tensors of a `trunk` are one object in all models, and become one.  `stacked` has, by the id of a tensor of the
+    first model, the members' values `[E, ...]` where these exist already.
+    """
+    plain = copied(models[0], lambda tensor: torch.empty_like(tensor, device="meta"))
+    ensemble = StackedEnsemble(plain, len(models), randomness)
+    common = {id(tensor): _like(tensor, tensor.clone()) for tensor in trunk or ()}
+    held = {id(tensor) for tensor in common.values()}
+    _fill(ensemble, list(models), {id(plain): ensemble}, common | (stacked or {}))
+    state = (*ensemble._state("_parameters").items(), *ensemble._state("_buffers").items())
+    ensemble.has_trunk = trunk is not None
+    ensemble.shared = frozenset(name for name, tensor in state if id(tensor) in held)
     return ensemble
+
+
+def copied(model: nn.Module, values: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy whose parameters and buffers have the `values` of those of the model."""
+    memo: dict[int, object] = {id(t): _like(t, values(t)) for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
 
 
 def _fill(part: _Part, plain: list[nn.Module], parts: dict[int, _Part], stacked: dict[int, Tensor]) -> None:
@@ -234,12 +279,16 @@ def _fill(part: _Part, plain: list[nn.Module], parts: dict[int, _Part], stacked:
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     """[E, ...], each laid out as it is."""
-    first = tensors[0]
-    dense = torch.empty_like(first).stride()  # keeps the layout of channels_last and the like
-    result = first.new_empty_strided((len(tensors), *first.shape), (first.numel(), *dense))
+    result = empty_rows(tensors[0], len(tensors))
     for e, tensor in enumerate(tensors):
         result[e].copy_(tensor)
     return result
+
+
+def empty_rows(first: Tensor, count: int, **options: object) -> Tensor:
+    """[count, ...] without values, each row dense and laid out as `first`: channels_last and the like."""
+    dense = torch.empty_like(first).stride()
+    return first.new_empty_strided((count, *first.shape), (first.numel(), *dense), **options)
 
 
 def _like(first: Tensor, values: Tensor) -> Tensor:
@@ -271,14 +320,16 @@ def unstack(model: StackedEnsemble) -> list[nn.Module]:
         hint = " (unstack its .module)" if isinstance(getattr(model, "module", None), StackedEnsemble) else ""
         hint = " (unstack its ._orig_mod)" if hasattr(model, "_orig_mod") else hint
         reject("unstack", "model", "a StackedEnsemble", f"{type(model).__name__}{hint}", TypeError)
-    return [_member(model, e) for e in range(model.num_members)]
+    return [member_of(model, e) for e in range(model.num_members)]
 
 
-def _member(ensemble: StackedEnsemble, e: int) -> nn.Module:
+@torch.no_grad()
+def member_of(ensemble: StackedEnsemble, e: int) -> nn.Module:
     memo: dict[int, object] = {}
-    for part in ensemble.modules():
+    for path, part in ensemble.named_modules():
         for own, plain in ((part._parameters, part._plain._parameters), (part._buffers, part._plain._buffers)):
             for name, stacked in own.items():
                 if stacked is not None and id(plain[name]) not in memo:
-                    memo[id(plain[name])] = _like(stacked, stacked[e].clone())
+                    common = (f"{path}.{name}" if path else name) in ensemble.shared
+                    memo[id(plain[name])] = _like(stacked, (stacked if common else stacked[e]).clone())
     return copy.deepcopy(ensemble._plain, memo)

@@ -1,4 +1,4 @@
-"""BatchEnsembleLinear and BatchEnsembleConv2d: one weight for all members, and scales of their own."""
+"""BatchEnsembleLinear: one weight for all members, and scales of their own; and what its siblings share with it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import rank1_conv2d, rank1_linear
+from ..ops import rank1_linear
 from ..ops._checks import reject
-from ..ops._convolution import Numbers
-from ._convolution import Convolution
 from ._layout import as_given, checked_activation, layout_repr, members_first, one_layout, one_member, positive
 
 INITS = ("normal", "random_sign", "ones")
@@ -20,11 +18,13 @@ class _BatchEnsemble(nn.Module):
     """Parameters `weight`, `r`, `s` and `bias`, and what is done to them whatever the product."""
 
     FEATURES: str  # of one member's input after B, as messages name them
+    TRANSPOSED = False  # the weight's first axis is that of the inputs
 
     def _construct(
         self,
         weight: tuple[int, ...],
         inputs: int,
+        outputs: int,
         num_members: int,
         bias: bool,
         init: str,
@@ -36,12 +36,7 @@ class _BatchEnsemble(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         layer = type(self).__name__
-        if not isinstance(init, str) or init not in INITS:
-            reject(layer, "init", f"one of {', '.join(map(repr, INITS))}", repr(init))
-        if isinstance(std, bool) or not isinstance(std, (int, float)):
-            reject(layer, "std", "a number", repr(std), TypeError)
-        if not 0 <= std < math.inf:
-            reject(layer, "std", "finite and at least 0", repr(std))
+        check_scales(layer, init, std)
         one_layout(layer, batch_first, tiled)
         self.num_members, self.init, self.std, self.shared_bias = num_members, init, std, shared_bias
         self.batch_first, self.tiled = batch_first, tiled
@@ -49,7 +44,6 @@ class _BatchEnsemble(nn.Module):
         def parameter(*sizes: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(sizes, device=device, dtype=dtype))
 
-        outputs = weight[0]
         self.weight = parameter(*weight)
         self.r, self.s = parameter(num_members, inputs), parameter(num_members, outputs)
         if bias:
@@ -66,13 +60,7 @@ class _BatchEnsemble(nn.Module):
             bound = self.weight[0].numel() ** -0.5
             for vector in self.bias.view(-1, self.bias.shape[-1]):
                 nn.init.uniform_(vector, -bound, bound)
-        for scale in (self.r, self.s):
-            if self.init == "normal":
-                nn.init.normal_(scale, 1.0, self.std)
-            elif self.init == "random_sign":
-                scale.bernoulli_(0.5).mul_(2).sub_(1)
-            else:
-                nn.init.ones_(scale)
+        draw_scales(self.init, self.std, self.r, self.s)
 
     @torch.no_grad()
     def _take(self, layer: nn.Module) -> None:
@@ -84,35 +72,89 @@ class _BatchEnsemble(nn.Module):
             self.bias = nn.Parameter(bias, layer.bias.requires_grad)
         self.train(layer.training)
 
-    def fold(self) -> tuple[Tensor, Tensor | None]:
-        """Plain weights and biases, one per member along a new first axis: differentiable, and rounded once."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        groups = self.r.shape[1] // self.weight.shape[1]
-        kernel = (None,) * (self.weight.dim() - 2)
-        r = self.r.to(wide).unflatten(1, (groups, 1, -1))
-        r = r.expand(-1, -1, self.weight.shape[0] // groups, -1).flatten(1, 2)  # [E, O, I / groups]
-        scale = (r * self.s.to(wide).unsqueeze(-1))[(..., *kernel)]
-        weight = (self.weight.to(wide) * scale).to(self.weight.dtype)
-        return weight, self.bias if self.bias is None else self.bias.expand(self.num_members, -1)
+    def fold(self, member: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Plain weights and biases, one per member along a new first axis, or those of one member.
 
-    def forward(self, input: Tensor, member: int | None = None) -> Tensor:
+        Differentiable, and rounded once.
+        """
+        one = slice(None) if member is None else slice(member % self.num_members, member % self.num_members + 1)
+        r, s = self.r[one], self.s[one]
+        weight = folded(self.weight, *((r, s) if self.TRANSPOSED else (s, r)))
+        bias = self.bias if self.bias is None else self.bias.expand(self.num_members, -1)
+        if member is None:
+            return weight, bias
+        return weight.squeeze(0), bias if bias is None else bias[member]
+
+    def forward(self, input: Tensor, member: int | None = None, **how: object) -> Tensor:
         layer = type(self).__name__
         if member is not None:
             one = one_member(layer, input, member, self.num_members, self.FEATURES)
             bias = self.bias if self.bias is None or self.shared_bias else self.bias[one]
-            return self._product(input, self.r[one], self.s[one], bias).squeeze(0)
+            return self._product(input, self.r[one], self.s[one], bias, **how).squeeze(0)
         x = members_first(layer, input, self.num_members, self.batch_first, self.FEATURES, self.tiled)
-        return as_given(self._product(x, self.r, self.s, self.bias), self.batch_first, self.tiled)
+        return as_given(self._product(x, self.r, self.s, self.bias, **how), self.batch_first, self.tiled)
 
-    def _product(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None, **how: object) -> Tensor:
         raise NotImplementedError
+
+    def _plain(self, member: int) -> nn.Module:
+        """torch.nn's layer of one member."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _filled(self, plain: nn.Module, member: int) -> nn.Module:
+        """`plain`, made on the meta device (which draws no random numbers), with the weights of a member."""
+        weight, bias = self.fold(member)
+        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        if bias is not None:
+            plain.bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
+        return plain.train(self.training)
 
     def _repr(self) -> str:
         return (
-            f"bias={self.bias is not None}, init={self.init!r}"
-            + (f", std={self.std}" if self.init == "normal" else "")
+            f"bias={self.bias is not None}, "
+            + scales_repr(self.init, self.std)
             + ", shared_bias=True" * (self.bias is not None and bool(self.shared_bias))
         )
+
+
+def check_scales(layer: str, init: str, std: float, argument: str = "init") -> None:
+    """How scales begin; `argument` is what the layer calls `init`."""
+    if not isinstance(init, str) or init not in INITS:
+        reject(layer, argument, f"one of {', '.join(map(repr, INITS))}", repr(init))
+    if isinstance(std, bool) or not isinstance(std, (int, float)):
+        reject(layer, "std", "a number", repr(std), TypeError)
+    if not 0 <= std < math.inf:
+        reject(layer, "std", "finite and at least 0", repr(std))
+
+
+@torch.no_grad()
+def draw_scales(init: str, std: float, *scales: Tensor) -> None:
+    for scale in scales:
+        if init == "normal":
+            nn.init.normal_(scale, 1.0, std)
+        elif init == "random_sign":
+            scale.bernoulli_(0.5).mul_(2).sub_(1)
+        else:
+            nn.init.ones_(scale)
+
+
+def scales_repr(init: str, std: float) -> str:
+    return f"init={init!r}" + (f", std={std}" if init == "normal" else "")
+
+
+def folded(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """[E, *weight.shape]: the weight times `first` [E, n] along its first axis and `second` along its second.
+
+    `second` has the sizes of as many groups, in each of which the second axis of a part of the first stands for others.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    groups = second.shape[1] // weight.shape[1]
+    second = second.to(wide).unflatten(1, (groups, 1, -1))
+    second = second.expand(-1, -1, weight.shape[0] // groups, -1).flatten(1, 2)
+    kernel = (None,) * (weight.dim() - 2)
+    scale = (second * first.to(wide).unsqueeze(-1))[(..., *kernel)]
+    return (weight.to(wide) * scale).to(weight.dtype)
 
 
 class BatchEnsembleLinear(_BatchEnsemble):
@@ -133,14 +175,15 @@ class BatchEnsembleLinear(_BatchEnsemble):
         shared_bias: one bias `[O]` for all members.
         activation: fused into the product; None, "relu", "gelu", "silu" or "tanh".
         batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
-        tiled: inputs and outputs are `[E*B, ...]`, all rows of the first member first; then there is no shared input.
+        tiled: inputs and outputs are `[E*B, ...]`, all rows of the first member first, with any axes between rows and
+            features; then there is no shared input.
 
     Parameters `weight` `[O, I]`, `r` `[E, I]`, `s` `[E, O]`, `bias` `[E, O]` or `[O]`; weight and each bias are drawn
     as those of `torch.nn.Linear`.
 
     `forward(input, member=None)`: `input` is `[B, I]` (the same rows for every member) or per member; with
     `member=e` that member alone runs, `[B, I]` to `[B, O]`.  `fold()` gives the weight and bias of an `EnsembleLinear`
-    with the same values.
+    with the same values, `fold(e)` those of one member.
 
     Example:
         >>> layer = BatchEnsembleLinear(8, 64, num_members=5, activation="relu")
@@ -173,10 +216,8 @@ class BatchEnsembleLinear(_BatchEnsemble):
         positive("BatchEnsembleLinear", in_features=in_features, out_features=out_features, num_members=num_members)
         self.in_features, self.out_features = in_features, out_features
         self.activation = checked_activation("BatchEnsembleLinear", activation)
-        shape = out_features, in_features
-        self._construct(
-            shape, in_features, num_members, bias, init, std, shared_bias, batch_first, tiled, device, dtype
-        )
+        sizes = (out_features, in_features), in_features, out_features, num_members
+        self._construct(*sizes, bias, init, std, shared_bias, batch_first, tiled, device, dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, num_members: int, **options: object) -> BatchEnsembleLinear:
@@ -194,99 +235,25 @@ class BatchEnsembleLinear(_BatchEnsemble):
         layer._take(linear)
         return layer
 
+    def forward(self, input: Tensor, member: int | None = None) -> Tensor:
+        if self.tiled and member is None and isinstance(input, Tensor) and input.dim() > 2:
+            if input.shape[0] % self.num_members == 0:
+                y = super().forward(input.flatten(0, -2))
+                return y.unflatten(0, input.shape[:-1])
+        return super().forward(input, member)
+
     def _product(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
         return rank1_linear(x, self.weight, r, s, bias, activation=self.activation)
+
+    def _plain(self, member: int) -> nn.Linear:
+        return self._filled(
+            nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta"), member
+        )
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, num_members={self.num_members}, "
             + self._repr()
             + (f", activation={self.activation!r}" if self.activation else "")
-            + layout_repr(self.batch_first, self.tiled)
-        )
-
-
-class BatchEnsembleConv2d(_BatchEnsemble, Convolution):
-    r"""A convolution per member, of one shared weight: :math:`y_e = \mathrm{conv}(x_e \circ r_e, W) \circ s_e + b_e`.
-
-    BatchEnsemble (Wen et al. 2020, equation 5), as :class:`BatchEnsembleLinear`; `r` scales input channels, `s` output
-    channels and not the bias.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            in `torch.nn.Conv2d`.
-        num_members: E.
-        init, std, shared_bias, batch_first, tiled: as in :class:`BatchEnsembleLinear`.
-
-    Parameters `weight` `[O, C / groups, kh, kw]`, `r` `[E, C]`, `s` `[E, O]`, `bias` `[E, O]` or `[O]`; weight and each
-    bias are drawn as those of `torch.nn.Conv2d`.
-
-    `forward(input, member=None)`: `input` is `[B, C, H, W]` (the same images for every member) or per member; with
-    `member=e` that member alone runs, `[B, C, H, W]` to `[B, O, H', W']`.  `fold()` gives the weights and biases of E
-    plain convolutions, `[E, O, C / groups, kh, kw]` and `[E, O]`.
-
-    Example:
-        >>> layer = BatchEnsembleConv2d(3, 16, 3, num_members=5, padding=1)
-        >>> layer(torch.randn(32, 3, 28, 28)).shape, layer(torch.randn(32, 3, 28, 28), member=3).shape
-        (torch.Size([5, 32, 16, 28, 28]), torch.Size([32, 16, 28, 28]))
-    """
-
-    FEATURES = "C, H, W"
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Numbers,
-        num_members: int,
-        stride: Numbers = 1,
-        padding: Numbers | str = 0,
-        dilation: Numbers = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        init: str = "normal",
-        std: float = 0.5,
-        shared_bias: bool = False,
-        batch_first: bool = False,
-        tiled: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        positive("BatchEnsembleConv2d", num_members=num_members)
-        self._read_options(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode)
-        shape = self._weight_shape()
-        self._construct(
-            shape, in_channels, num_members, bias, init, std, shared_bias, batch_first, tiled, device, dtype
-        )
-
-    @classmethod
-    def from_conv(cls, conv: nn.Conv2d, num_members: int, **options: object) -> BatchEnsembleConv2d:
-        """Members of the given convolution's weight and bias (copied), with scales of their own.
-
-        Args:
-            conv: its options, dtype, device, memory format, `requires_grad` and mode are kept.
-            options: keyword arguments of the constructor that `torch.nn.Conv2d` has not.
-        """
-        if not isinstance(conv, nn.Conv2d):
-            reject("BatchEnsembleConv2d.from_conv", "conv", "a torch.nn.Conv2d", type(conv).__name__, TypeError)
-        sizes = conv.in_channels, conv.out_channels, conv.kernel_size, num_members
-        how = conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None, conv.padding_mode
-        layer = cls(*sizes, *how, **options, device=conv.weight.device, dtype=conv.weight.dtype)
-        layer._take(conv)
-        return layer
-
-    def _product(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-        x, padding = self._padded(x)
-        return rank1_conv2d(x, self.weight, r, s, bias, self.stride, padding, self.dilation, self.groups)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_channels={self.in_channels}, out_channels={self.out_channels}, kernel_size={self.kernel_size}, "
-            f"num_members={self.num_members}, "
-            + self._options_repr()
-            + self._repr()
             + layout_repr(self.batch_first, self.tiled)
         )

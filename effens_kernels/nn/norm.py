@@ -1,4 +1,4 @@
-"""EnsembleBatchNorm1d, EnsembleBatchNorm2d, EnsembleLayerNorm: torch.nn's normalizations, one per member."""
+"""EnsembleBatchNorm1d, 2d and 3d, EnsembleLayerNorm: torch.nn's normalizations, one per member."""
 
 from __future__ import annotations
 
@@ -203,6 +203,21 @@ class EnsembleBatchNorm2d(_EnsembleBatchNorm):
         return "C, H, W"
 
 
+class EnsembleBatchNorm3d(_EnsembleBatchNorm):
+    """One `torch.nn.BatchNorm3d` per member, as :class:`EnsembleBatchNorm2d`, for volumes `[B, C, D, H, W]`.
+
+    Example:
+        >>> norm = EnsembleBatchNorm3d(4, num_members=5)
+        >>> norm(torch.randn(5, 8, 4, 6, 6, 6)).shape
+        torch.Size([5, 8, 4, 6, 6, 6])
+    """
+
+    PLAIN = nn.BatchNorm3d
+
+    def _features(self, axes: int) -> str:
+        return "C, D, H, W"
+
+
 class EnsembleLayerNorm(nn.Module):
     """One `torch.nn.LayerNorm` per member: affine parameters of its own.
 
@@ -210,7 +225,7 @@ class EnsembleLayerNorm(nn.Module):
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in `torch.nn.LayerNorm`.
         num_members: E.
         extra_dims: how many axes lie between B and `normalized_shape`: 1 for `[B, T, D]` of T tokens.  It is told
-            because sizes cannot tell tokens from members.
+            because sizes cannot tell tokens from members; with `tiled` it need not be.
         batch_first: per-member inputs and outputs are `[B, E, ...]` instead of `[E, B, ...]`.
         tiled: inputs and outputs are `[E*B, ...]`, all rows of the first member first; then there is no shared input.
 
@@ -284,9 +299,21 @@ class EnsembleLayerNorm(nn.Module):
         layer = cls(norm.normalized_shape, num_members, *how, **options, device=place.device, dtype=place.dtype)
         return _with_parameters(layer, norm)
 
+    @torch.no_grad()
+    def _plain(self, member: int) -> nn.LayerNorm:
+        """torch.nn's layer of one member."""
+        norm = nn.LayerNorm(self.normalized_shape, self.eps, self.elementwise_affine, device="meta")
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            own = value if value is None else nn.Parameter(value[member].clone(), value.requires_grad)
+            norm.register_parameter(name, own)
+        return norm.train(self.training)
+
     def forward(self, input: Tensor, member: int | None = None) -> Tensor:
-        layer, shape = "EnsembleLayerNorm", self.normalized_shape
-        features = ", ".join([f"T{n + 1}" for n in range(self.extra_dims)] + [str(size) for size in shape])
+        layer, shape, between = "EnsembleLayerNorm", self.normalized_shape, self.extra_dims
+        if self.tiled and member is None and isinstance(input, Tensor):
+            between = max(between, input.dim() - 1 - len(shape))
+        features = ", ".join([f"T{n + 1}" for n in range(between)] + [str(size) for size in shape])
         if member is not None:
             one_member(layer, input, member, self.num_members, features)
             x = members_first(layer, input, 1, False, features)

@@ -9,6 +9,8 @@ axis V becomes
 
 and what the rules call is differentiated as such.  A convolution each is faster on CPUs than a grouped one of all
 (`_dispatch.rank1_conv_route` has the figures); no GPU has been measured.
+
+`shared_noise` is what dropout multiplies with to be the same for all members, in a vmap whose random numbers differ.
 """
 
 from __future__ import annotations
@@ -129,3 +131,22 @@ recurrent = _define(
     _recurrent,
     _vmap_recurrent,
 )
+
+
+# ------------------------------------------------------------------------------------------------- shared dropout
+
+
+def _noise(like, p):
+    return F.dropout(torch.ones_like(like), p)
+
+
+def _vmap_noise(info, in_dims, like, p):
+    return shared_noise(like, p), in_dims[0]
+
+
+# Not composite: by the time that a kernel runs, torch.func's levels are over, and with them their rule for randomness.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded)
+LIBRARY.define("shared_noise(Tensor like, float p) -> Tensor", tags=_TAGS)
+LIBRARY.impl("shared_noise", _noise, "CompositeExplicitAutograd")
+torch.library.register_vmap("effens_kernels::shared_noise", _vmap_noise, lib=LIBRARY)
+shared_noise = torch.ops.effens_kernels.shared_noise.default

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from effens_kernels.testing import BatchEnsembleWorkload
-
 from ...contestants import batchensemble
 from ...contestants.base import COMPILED, LOOP
+from ...workloads import BatchEnsembleWorkload
 from ..measured import Layer, Line
 from .base import COMPUTE_GRID, LAUNCH_GRID, MEMORY_GRID, Column, Family
 

@@ -98,4 +98,4 @@ def ensemble_predict(logits: Tensor, *, backend: str | None = None) -> Predictio
     found = reference.fwd(rows) if chosen == "reference" else autograd.apply(rows, chosen)
     if len(batch) == 1:
         return Prediction(*found)
-    return Prediction(*(t.view(*batch, *t.shape[1:]) for t in found))
+    return Prediction(*(t.view([*batch, *t.shape[1:]]) for t in found))

@@ -19,6 +19,17 @@ def fwd(coefficients: Tensor, templates: Tensor) -> Tensor:
     return coefficients @ templates
 
 
+def mix_with_noise_(noise: Tensor, sigma: Tensor, coefficients: Tensor, templates: Tensor) -> None:
+    """Template by template: a product of matrices might round to TF32, and a mean of coefficient 1 with it."""
+    half = noise.dtype.itemsize == 2
+    mixed, coefficients = (noise.float(), coefficients.float()) if half else (noise, coefficients)
+    mixed.mul_(sigma)
+    for coefficient, template in zip(coefficients.unbind(1), templates):
+        mixed.addcmul_(coefficient.unsqueeze(1), template.to(mixed.dtype))
+    if half:
+        noise.copy_(mixed)
+
+
 def bwd(
     grad: Tensor, coefficients: Tensor, templates: Tensor, need_coefficients: bool, need_templates: bool
 ) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from ..triton_engine import (
     fill,
     launch,
     lines,
+    load_line,
     load_tile,
     operand,
     precision,
@@ -41,13 +42,14 @@ from ..triton_engine import (
 
 @triton.jit(do_not_specialize=["rows"])
 def mix_templates_fwd_kernel(
-    coefficients, templates, mixed,
+    coefficients, templates, mixed, sigma,
     rows, count, columns,
     c_row, c_template, t_row,
     WIDE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):
-    """mixed = coefficients templates, as [rows, columns] = [rows, count] x [count, columns]."""
+    """mixed = coefficients templates, as [rows, columns] = [rows, count] x [count, columns]; plus sigma mixed, where
+    columns have a sigma."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
     m = tl.program_id(0) % row_tiles
     n = tl.program_id(0) // row_tiles
@@ -57,6 +59,10 @@ def mix_templates_fwd_kernel(
     b = operand(lines(templates, n, columns, 1, 1, 0, False, WIDE, BLOCK_N), t_row, 0, False, WIDE, BLOCK_K)
     acc = contract(load_tile, a, None, load_tile, b, None, count, 1,
                    False, WIDE, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    if sigma is not None:
+        noise = operand(lines(mixed, m, rows, columns, 1, 0, False, WIDE, BLOCK_M), 1, 0, False, WIDE, BLOCK_N)
+        noise = load_tile(noise, n * BLOCK_N, columns, 1, None, False, WIDE, False, BLOCK_N)
+        acc += load_line(sigma, n, columns, 1, WIDE, BLOCK_N)[None, :] * noise.to(tl.float32)
     store_tile(mixed, acc, m, rows, columns, n, columns, 1, 1, 0, False, WIDE, BLOCK_M, BLOCK_N)
 
 
@@ -112,8 +118,14 @@ def fwd(coefficients: Tensor, templates: Tensor) -> Tensor:
     coefficients, templates = coefficients.resolve_neg(), _rows(templates)
     mixed = templates.new_empty((coefficients.shape[0], templates.shape[1]))
     if mixed.numel():
-        _mix(coefficients, templates, mixed)
+        _mix(coefficients, templates, mixed, precision(mixed.dtype))
     return mixed
+
+
+def mix_with_noise_(noise: Tensor, sigma: Tensor, coefficients: Tensor, templates: Tensor) -> None:
+    if noise.numel():
+        sigma = sigma.resolve_neg().contiguous()
+        _mix(coefficients.resolve_neg(), _rows(templates), noise, "ieee", sigma)
 
 
 def bwd(
@@ -129,7 +141,7 @@ def bwd(
     sums = _plan_bwd(*coefficients.shape, grad.shape[1], strides, *_where(grad))
     together = need_coefficients and need_templates and sums.row_tiles == 1
     if need_templates and not together:
-        _mix(coefficients.mT, grad, dtemplates)
+        _mix(coefficients.mT, grad, dtemplates, precision(grad.dtype))
     if need_coefficients:
         parts = grad.new_empty((sums.parts, dcoefficients.numel()), dtype=torch.float32)
         launch(sums.plan, grad, coefficients, templates, dtemplates if together else None, parts)
@@ -137,10 +149,11 @@ def bwd(
     return dcoefficients, dtemplates
 
 
-def _mix(coefficients: Tensor, templates: Tensor, mixed: Tensor) -> None:
+def _mix(coefficients: Tensor, templates: Tensor, mixed: Tensor, how: str, sigma: Tensor | None = None) -> None:
     strides = *coefficients.stride(), templates.stride(0)
-    plan = _plan_fwd(*coefficients.shape, templates.shape[1], strides, *_where(templates))
-    launch(plan, coefficients, templates, mixed)
+    where = templates.dtype, how, capability(templates.device)
+    plan = _plan_fwd(*coefficients.shape, templates.shape[1], strides, *where)
+    launch(plan, coefficients, templates, mixed, sigma)
 
 
 def _rows(t: Tensor) -> Tensor:
