@@ -78,6 +78,12 @@ def mixture(num_members: int, **options: object) -> nn.Module:
     return ek.convert(plain, "mixture", num_members, budget="2x", **options)
 
 
+def batch_ensemble(num_members: int) -> nn.Module:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    plain = nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 8), encoder, nn.Flatten(), nn.BatchNorm1d(24))
+    return ek.convert(nn.Sequential(*plain, nn.Linear(24, 3)), "batch_ensemble", num_members)
+
+
 def stacked(name: str, num_members: int) -> nn.Module:
     return ek.stack([CASES[name].make() for _ in range(num_members)])
 
@@ -87,9 +93,10 @@ ENSEMBLES: dict[str, Callable[[int], nn.Module]] = {
     "mixture": mixture,
     "disjoint": partial(mixture, assignment="disjoint"),
     "blob": partial(mixture, single_blob=True),
+    "batch ensemble": batch_ensemble,
     "layers": Shared,
     "mlp": lambda num_members: ek.nn.EnsembleMLP(6, [8, 8], 3, num_members, shared_layers=1),
-    "batch ensemble": lambda num_members: ek.nn.BatchEnsembleMLP(6, [8], 3, num_members),
+    "rank1 mlp": lambda num_members: ek.nn.BatchEnsembleMLP(6, [8], 3, num_members),
 }
 
 
@@ -258,7 +265,7 @@ def made_by_each_process(mesh: DeviceMesh) -> None:
         {n: t if n.endswith("weight") else torch.cat([p[n] for p in parts]) for n, t in parts[0].items()}
     )
     torch.manual_seed(3)
-    run_both(ek.shard(part, mesh, from_local=True), ensemble, inputs("batch ensemble"))
+    run_both(ek.shard(part, mesh, from_local=True), ensemble, inputs("rank1 mlp"))
     with pytest.raises(ValueError, match=r"of 2 of all 3 members in process 0, got one of 1 \(from_local=True\)"):
         ek.shard(ek.nn.EnsembleLinear(2, 2, 1 + mesh.get_rank()), mesh, from_local=True)
 
@@ -366,10 +373,10 @@ def dropout(mesh: DeviceMesh) -> None:
 
 @check(2)
 def compiled_in_one_graph(mesh: DeviceMesh) -> None:
-    ensemble = make("batch ensemble", 3)
+    ensemble = make("rank1 mlp", 3)
     sharded = ek.shard(copy.deepcopy(ensemble), mesh)
     compiled = torch.compile(sharded, fullgraph=True, backend="aot_eager")
-    given, own = inputs("batch ensemble"), sharded.members
+    given, own = inputs("rank1 mlp"), sharded.members
     result, expected = compiled(*given), ensemble(*given)
     close(result, expected[own.start : own.stop])
     backward(result, own.start)
@@ -422,7 +429,7 @@ def rows_dealt_out_too(mesh: DeviceMesh) -> None:
     """Two processes for the members, by two for the rows: gradients are means over these, sums over those."""
     mesh = DeviceMesh("cpu", mesh.mesh.view(2, 2).t(), mesh_dim_names=("data", "members"))
     row = mesh.get_local_rank("data")
-    for name in ("stack conv3d", "batch ensemble"):
+    for name in ("stack conv3d", "rank1 mlp"):
         ENSEMBLES.setdefault("stack conv3d", partial(stacked, "conv3d"))
         ensemble = make(name, 3).eval()  # running statistics would be those of a process's rows
         sharded = ek.shard(copy.deepcopy(ensemble), mesh)
