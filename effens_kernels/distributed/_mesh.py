@@ -12,20 +12,22 @@ if TYPE_CHECKING:
 
 
 class Shares:
-    """How E members are dealt out along a dimension of a mesh: as DTensor's Shard(0) deals, and torch.chunk."""
+    """Members dealt out along a dimension of a mesh."""
 
     def __init__(self, mesh: DeviceMesh, axis: int, num_members: int) -> None:
         self.mesh, self.axis, self.num_members = mesh, axis, num_members
-        self.own = self.of(mesh.get_local_rank(axis))
+        self.own = members_of(mesh.get_local_rank(axis), mesh.size(axis), num_members)
         # Along the others, processes have the same members, and rows of their own.
         self.others = [other for other in range(mesh.ndim) if other != axis]
         self.replicas = prod(mesh.size(other) for other in self.others)
         # The processes that have the other members, and the same rows.
         self.members = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[axis]]
 
-    def of(self, rank: int) -> range:
-        each = -(-self.num_members // self.mesh.size(self.axis))
-        return range(min(rank * each, self.num_members), min((rank + 1) * each, self.num_members))
+
+def members_of(rank: int, ranks: int, num_members: int) -> range:
+    """As DTensor's Shard(0) deals, and torch.chunk."""
+    each = -(-num_members // ranks)
+    return range(min(rank * each, num_members), min((rank + 1) * each, num_members))
 
 
 def axis_of(function: str, mesh: DeviceMesh, dim: str) -> int:

@@ -8,24 +8,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import nn as layers
 from ..ensembles import Ensemble, StackedEnsemble
-from ..ensembles.stack import _Part
-from ..nn import EnsembleLayerNorm, EnsembleLinear, EnsembleMLP, MultiHeadLinear
-from ..nn._mixture import Mixture
-from ..nn.batchensemble import _BatchEnsemble
-from ..nn.norm import _EnsembleBatchNorm
 from ..ops._checks import reject
-
-# Names of the tensors that members share, in layers of which they own all others.
-SHARED: dict[type[nn.Module], tuple[str, ...]] = {
-    _Part: (),
-    EnsembleLinear: (),
-    MultiHeadLinear: (),
-    EnsembleLayerNorm: (),
-    _EnsembleBatchNorm: (),
-    _BatchEnsemble: ("weight",),
-    Mixture: (),
-}
 
 
 class Place(NamedTuple):
@@ -44,36 +29,29 @@ class Place(NamedTuple):
 
 class Layout(NamedTuple):
     places: list[Place]
-    counted: list[nn.Module]  # which have a num_members to set
+    counted: list[nn.Module]  # those with a number of members
     num_members: int
 
 
 def layout(ensemble: nn.Module) -> Layout:
-    """Of what `ek.stack`, `ek.convert` or layers of `ek.nn` are; ValueError about everything else."""
-    shared = {
-        id(layer)
-        for module in ensemble.modules()
-        if isinstance(module, EnsembleMLP)
-        for layer in module.layers[: module.shared_layers]
-    }
+    """Of what `ek.stack` or `ek.convert` made, or of layers of `ek.nn`; ValueError about everything else."""
     places, counted = [], []
-    stacked: set[int] = set()
+    stacked = _of_stacks(ensemble)
+    alone = {id(layer) for layer in _shared_layers(ensemble)}
     for path, module in ensemble.named_modules():
         where = f"{type(module).__name__} at {path!r}" if path else type(module).__name__
         if parametrize.is_parametrized(module):
             reject("shard", "ensemble", "without parametrizations", where)
-        if isinstance(module, StackedEnsemble):
-            stacked |= {id(part) for part in module.modules()}
-        members = getattr(module, "num_members", None) if id(module) not in shared else None
-        owns = members is not None or id(module) in stacked
+        members = None if id(module) in alone else getattr(module, "num_members", None)
         if members is not None:
             counted.append(module)
             if members != counted[0].num_members:
                 expected = f"of one number of members, {counted[0].num_members}"
                 reject("shard", "ensemble", expected, f"{where} of {members}")
         for kind, name in _tensors(module):
-            owned = owns and name not in _shared_names(module, where)
-            places.append(Place(f"{path}.{name}" if path else name, module, kind, name, owned))
+            at = f"{path}.{name}" if path else name
+            owned = stacked[at] if at in stacked else members is not None and _owns(module, name, where)
+            places.append(Place(at, module, kind, name, owned))
     if not any(place.owned for place in places):
         expected = "made by ek.stack or ek.convert, or of layers of ek.nn with members"
         reject("shard", "ensemble", expected, f"{type(ensemble).__name__} without an axis of members")
@@ -89,6 +67,25 @@ def takes_members(ensemble: nn.Module) -> bool:
     return isinstance(ensemble, (StackedEnsemble, Ensemble))
 
 
+def _of_stacks(ensemble: nn.Module) -> dict[str, bool]:
+    """Whether members own it, for each tensor of a StackedEnsemble, wherever there is one."""
+    owned = {}
+    for path, stack in ensemble.named_modules():
+        if isinstance(stack, StackedEnsemble):
+            for below, part in stack.named_modules():
+                for _, name in _tensors(part):
+                    at = f"{below}.{name}" if below else name
+                    owned[f"{path}.{at}" if path else at] = at not in getattr(stack, "shared", ())
+    return owned
+
+
+def _shared_layers(ensemble: nn.Module) -> Iterator[nn.Module]:
+    """Layers of one member, which all have in common."""
+    for module in ensemble.modules():
+        if isinstance(module, layers.EnsembleMLP):
+            yield from module.layers[: module.shared_layers]
+
+
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
     for kind in ("_parameters", "_buffers"):
         for name, tensor in getattr(module, kind).items():
@@ -96,8 +93,11 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
                 yield kind, name
 
 
-def _shared_names(module: nn.Module, where: str) -> tuple[str, ...]:
-    for kind, names in SHARED.items():
-        if isinstance(module, kind):
-            return (*names, "bias") if getattr(module, "shared_bias", False) else names
-    return reject("shard", "ensemble", f"of {', '.join(kind.__name__.strip('_') for kind in SHARED)} layers", where)
+def _owns(module: nn.Module, name: str, where: str) -> bool:
+    """Members own what their layer has, but for the weights of BatchEnsemble, and biases that are shared by request."""
+    if not any(kind.__module__.startswith(f"{layers.__name__}.") for kind in type(module).__mro__):
+        reject("shard", "ensemble", "whose layers with members are of ek.nn", f"{where} with {name}")
+    if name == "bias" and getattr(module, "shared_bias", False):
+        return False
+    scaled = any(f"_{other}".endswith(("_r", "_s")) for other in module._parameters)  # as BatchEnsemble's are
+    return not (scaled and name.endswith("weight"))

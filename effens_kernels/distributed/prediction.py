@@ -60,7 +60,7 @@ def ensemble_predict(
         >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("members",))
         >>> logits = torch.tensor([[[9.0, 0.0], [9.0, 0.0]], [[9.0, 0.0], [0.0, 9.0]]])  # 2 members, 2 rows
-        >>> ek.distributed.ensemble_predict(logits, mesh, backend="reference").disagreement
+        >>> ek.distributed.ensemble_predict(logits, mesh).disagreement
         tensor([0., 1.])
         >>> torch.distributed.destroy_process_group()
     """
@@ -127,7 +127,7 @@ def ensemble_predict_regression(
         >>> torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
         >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("members",))
         >>> means = torch.tensor([[1.0, 2.0], [3.0, 2.0]])  # 2 members, 2 rows
-        >>> ek.distributed.ensemble_predict_regression(means, None, mesh, backend="reference").epistemic
+        >>> ek.distributed.ensemble_predict_regression(means, None, mesh).epistemic
         tensor([1., 0.])
         >>> torch.distributed.destroy_process_group()
     """

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from ..ensembles import StackedEnsemble
+from ..ensembles import Ensemble
 from ..nn._layout import positive
 from ..nn._mixture import Mixture
 from ..ops._checks import reject
 from ._boundary import distributed, from_the_first, local_of, shared_input
-from ._mesh import Shares, axis_of
+from ._mesh import Shares, axis_of, members_of
 from ._ownership import Layout, layout, takes_members
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class ShardedEnsemble(nn.Module):
         return result if self.members else pytree.tree_map_only(Tensor, lambda t: t[:0], result)
 
     def _own_rows(self, t: Tensor) -> Tensor:
-        if t.dim() < (1 if isinstance(self.local, StackedEnsemble) else 2):
+        if t.dim() < (2 if type(self.local).forward is Ensemble.forward else 1):
             return t
         own = self.members
         if t.shape[0] == self.num_members:
@@ -203,8 +203,9 @@ def shard(ensemble: nn.Module, mesh: DeviceMesh, dim: str = "members", *, from_l
     except ValueError as error:
         said[1] = str(error)
     shares = Shares(mesh, axis, _num_members(said, mesh, axis, from_local))
-    if not (takes_members(ensemble) or all(shares.of(rank) for rank in range(mesh.size(axis)))):
-        expected = f"of a member for each of {mesh.size(axis)} processes, or made by ek.stack or ek.convert"
+    ranks = mesh.size(axis)
+    if not takes_members(ensemble) and not members_of(ranks - 1, ranks, shares.num_members):
+        expected = f"with members for each of {ranks} processes, or made by ek.stack or ek.convert"
         reject("shard", "ensemble", expected, f"{type(ensemble).__name__} of {shares.num_members} members")
     _deal(found, shares, from_local)
     return ShardedEnsemble(ensemble, shares)
@@ -247,12 +248,14 @@ def _num_members(said: list, mesh: DeviceMesh, axis: int, from_local: bool) -> i
         if rows != mine:
             differing = next(((a, b) for a, b in zip_longest(mine, rows) if a != b))
             reject("shard", "ensemble", f"the same in all processes, {differing[0]}", f"{differing[1]} {where}")
-        if members != counts.setdefault(place[axis] if from_local else 0, members):
-            reject("shard", "ensemble", f"of {counts[place[axis] if from_local else 0]} members", f"{members} {where}")
+        of_rank = counts.setdefault(place[axis] if from_local else 0, members)
+        if members != of_rank:
+            reject("shard", "ensemble", f"of {of_rank} members", f"{members} {where}")
     total = sum(counts.values())
     for rank, members in counts.items() if from_local else ():
-        if members != len(Shares(mesh, axis, total).of(rank)):
-            expected = f"of {len(Shares(mesh, axis, total).of(rank))} of all {total} members in process {rank}"
+        own = len(members_of(rank, mesh.size(axis), total))
+        if members != own:
+            expected = f"of {own} of all {total} members in process {rank}"
             reject("shard", "ensemble", expected, f"one of {members} (from_local=True)")
     return total
 
