@@ -274,11 +274,12 @@ def _reduce(found: Tensor, row_weight: Tensor | None, reduction: str, counts: Te
         counts = row_weight.expand_as(found) if counts is None else counts * row_weight
     if reduction == "none":
         return found
-    found = found.flatten(1)
+    rows = len(found), prod(found.shape[1:])
+    found = found.reshape(rows)
     if counts is None:
         members = found.mean(1)
     else:
-        total = counts.flatten(1).sum(1)
+        total = counts.reshape(rows).sum(1)
         if row_weight is not None:
             total = torch.where(total == 0, 1, total)
         members = found.sum(1) / total
