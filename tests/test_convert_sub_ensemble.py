@@ -129,7 +129,7 @@ def test_fresh_heads_are_drawn_as_torch_draws():
     ensemble = ek.convert(model, "sub_ensemble", E, split="3")
     torch.manual_seed(0)
     for e in range(E):
-        last, first = nn.Linear(7, 3), nn.Linear(8, 7, bias=False)
+        first, last = nn.Linear(8, 7, bias=False), nn.Linear(7, 3)
         assert torch.equal(ensemble.model.get_parameter("7.bias")[e], last.bias)
         assert torch.equal(ensemble.model.get_parameter("3.weight")[e], first.weight)
     assert not ensemble.model.get_buffer("4.running_mean").any()
@@ -447,7 +447,8 @@ BAD = {
     "fresh": (
         lambda: sub(nn.Sequential(mlp(), Scale()), split="1"),
         ValueError,
-        "convert: model should be of heads with reset_parameters() (keep_weights=True needs none), got Scale at '1'",
+        "convert: model should be of modules with reset_parameters (keep_weights=True begins at the model's, "
+        "exclude=['1'] keeps them), got Scale at '1' with scale and without",
     ),
     "ensemble": (lambda: sub(sub()), ValueError, "convert: model should be plain, got SubEnsemble"),
 }

@@ -56,14 +56,14 @@ def convert(
     """
     _check_options(num_members, seeds, init)
     for site in sites.meant:
-        _check_reset(site, init is not None)
+        check_reset(site, "init=... draws the others, exclude", init is not None)
     if not any(_resets(site.module) for site in sites.meant) and init is None:
         reject("convert", "model", "with modules to initialize anew", "one without")
     members = [copy.deepcopy(sites.model) for _ in range(num_members)]
     for e, member in enumerate(members):
         if e or not keep_first:
             with nullcontext() if seeds is None else _seeded(member, seeds[e]):
-                _reset(member, sites)
+                reset(member, sites)
                 if init is not None:
                     with torch.no_grad():
                         init(member, e)
@@ -80,11 +80,11 @@ def _check_options(num_members: int, seeds: object, init: object) -> None:
             reject("convert", "seeds", f"{num_members} ints, one for each member", f"{len(seeds)}")
 
 
-def _check_reset(site: Site, has_init: bool) -> None:
-    """Whether a module can be drawn anew, or `init` is there to do it."""
+def check_reset(site: Site, others: str, has_init: bool = False) -> None:
+    """Whether a module can be drawn anew, or `init` is there to do it; `others` says what else there is."""
     module, kind = site.module, type(site.module).__name__
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
-    hint = f"(init=... draws the others, exclude=[{site.paths[0]!r}] keeps them)"
+    hint = f"({others}=[{site.paths[0]!r}] keeps them)"
     if is_parametrized(module) and not has_init:
         reject("convert", "model", f"of modules without parametrizations {hint}", f"{kind} at {site} with one")
     if own and not _resets(module) and not has_init:
@@ -99,7 +99,7 @@ def _resets(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _reset(member: nn.Module, sites: Sites) -> None:
+def reset(member: nn.Module, sites: Sites) -> None:
     """Draw what is meant anew in a copy of the model; the rest stays, whatever a module that contains it resets."""
     meant = {id(site.module) for site in sites.meant}
     for plain, module in zip(_parts_first(sites.model), _parts_first(member)):

@@ -13,6 +13,7 @@ from ._alike import check_one
 from ._ensemble import Ensemble
 from ._summary import Summary, of_parts
 from ._surgery import Site, Sites
+from .deep import check_reset, reset
 from .stack import StackedEnsemble, assembled, member_of
 
 
@@ -150,7 +151,7 @@ def convert(
     """The method "sub_ensemble"; its options are those of :class:`SubEnsemble`."""
     check_spread(spread)
     check_one("convert", "model", sites.model)
-    own = _own(sites, split)
+    own = sites.meant = _own(sites, split)
     mine = {id(site.module) for site in own}
     common = _tensors([site for site in sites.all if id(site.module) not in mine])
     for site in own:
@@ -159,9 +160,10 @@ def convert(
                 expected = "of a head whose parameters are its own (exclude what is tied, to share it as it is)"
                 reject("convert", "model", expected, f"{name} of {site} tied to {common[id(tensor)][1]}")
 
-    holders = [site.paths[0] for site in own if _state(site.module)]
-    if not holders:
+    if not any(_state(site.module) for site in own):
         reject("convert", "split", "a module with parameters, or one before such", "only modules without")
+    for site in () if keep_weights else own:
+        check_reset(site, "keep_weights=True begins at the model's, exclude")
     trunk = _whole([site for site in sites.all if id(site.module) not in mine], mine)
 
     memo: dict[int, object] = {}
@@ -174,16 +176,10 @@ def convert(
             base.get_submodule(path).eval()
     members = [copy.deepcopy(base, {id(tensor): tensor for tensor in shared}) for _ in range(num_members)]
     for member in members:
-        modules = [member.get_submodule(path) for path in holders]
-        for path, module in reversed([*zip(holders, modules)]):  # parts before what is made of them
-            if not keep_weights:
-                _renew(path, module)
         if keep_weights:
-            _disturb(modules, spread)
-    with torch.no_grad():
-        for tensor, (given, _) in zip(shared, common.values()):
-            tensor.copy_(given)  # a module's fresh parameters may be those of its parts too, which members share
-
+            _disturb([member.get_submodule(site.paths[0]) for site in own], spread)
+        else:
+            reset(member, sites)
     plain = sum(p.numel() for p in sites.model.parameters())
     for site in own:
         module = members[0].get_submodule(site.paths[0])
@@ -227,16 +223,6 @@ def _whole(shared: list[Site], own: set[int]) -> list[str]:
     whole = [site for site in shared if not any(id(part) in own for part in site.module.modules())]
     inside = {id(part) for site in whole for part in site.module.modules() if part is not site.module}
     return [site.paths[0] for site in whole if id(site.module) not in inside]
-
-
-def _renew(path: str, module: nn.Module) -> None:
-    """Other random parameters, drawn as the module does; running statistics as at the beginning."""
-    reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-    if reset is not None:
-        reset()
-    elif any(p is not None for p in module._parameters.values()):
-        expected = "of heads with reset_parameters() (keep_weights=True needs none)"
-        reject("convert", "model", expected, f"{type(module).__name__} at {path!r}")
 
 
 @torch.no_grad()
