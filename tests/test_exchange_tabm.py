@@ -75,7 +75,7 @@ def rows(*batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_computes_the_same(lib, name, dtype):
     theirs = layer_of(lib, name, dtype)

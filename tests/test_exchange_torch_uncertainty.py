@@ -74,7 +74,7 @@ def test_rows_are_tiled_member_by_member_and_r_scales_inputs(lib):
 # ------------------------------------------------------------------------------------------------- layers
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_accelerated_layer_computes_the_same(lib, name, dtype):
     theirs = layer_of(lib, name, dtype=dtype)
@@ -253,6 +253,14 @@ def test_states_that_do_not_fit_are_refused():
         exchange.load_state_dict(layer, {"weight": good["linear.weight"]})
     with pytest.raises(TypeError, match="should be a state_dict, got NoneType"):
         exchange.load_state_dict(layer, None)
+    model = nn.Sequential(ek.nn.EnsembleLinear(I, O, E), layer)
+    with pytest.raises(ValueError, match=r"first should be paths of an EnsembleLinear \('0'\), got '1'"):
+        exchange.state_dict(model, first=["0", "1"])
+    with pytest.raises(TypeError, match="first should be paths of layers, got '0'"):
+        exchange.load_state_dict(model, {}, first="0")
+    for call in (exchange.accelerate, exchange.from_layer, exchange.state_dict):
+        with pytest.raises(TypeError, match=r"should be a torch\.nn\.Module, got dict"):
+            call({})
 
 
 def test_input_of_a_packed_layer_is_checked():

@@ -92,7 +92,7 @@ def inward(op: str, model: nn.Module, state: object, entries: Entries) -> dict[s
 def fill(op: str, layer: nn.Module, theirs: nn.Module, entries: Entries) -> nn.Module:
     """`layer`, made on the meta device, with copies of their values, trained or not as theirs and in their mode."""
     state = inward(op, layer, theirs.state_dict(), entries)
-    place = next((t for t in theirs.state_dict().values()), torch.empty(0)).device
+    place = next(iter(theirs.state_dict().values()), torch.empty(0)).device
     copies = {name: state[name].to(place, own.dtype, copy=True) for name, own in layer.state_dict().items()}
     layer.load_state_dict({name: value.contiguous() for name, value in copies.items()}, assign=True)
     trained = {name: parameter.requires_grad for name, parameter in theirs.named_parameters()}

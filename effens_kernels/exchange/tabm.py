@@ -241,7 +241,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     Their parameters are the same objects under the same names: optimizers, `state_dict` and hooks stay.  An activation
     (`ReLU`, exact `GELU`, `SiLU`, `Tanh`) right after such a layer in an `nn.Sequential`, where neither has hooks, is
     computed with it, and `nn.Identity` takes its place.  Everything else stays: norms, dropout, `ElementwiseAffine` and
-    the linear layers that all members share are PyTorch's own operations on all members at once.
+    the linear layers that all members share are PyTorch's own operations on all members at once.  Under autocast,
+    results are of its dtype, also where a bias of 32 bits is added.
 
     Args:
         model: changed in place, and returned.

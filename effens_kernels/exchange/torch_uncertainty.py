@@ -49,7 +49,14 @@ _PACKED_FIRST = (
 )
 
 
-def _entries_of(first: Collection[str]) -> Entries:
+def _entries_of(op: str, model: object, first: Collection[str]) -> Entries:
+    if isinstance(first, str) or not isinstance(first, Collection):
+        reject(op, "first", "paths of layers", repr(first), TypeError)
+    packed = [path for path, layer in getattr(model, "named_modules", list)() if type(layer) is EnsembleLinear]
+    for path in first:
+        if path not in packed:
+            reject(op, "first", f"paths of an EnsembleLinear ({', '.join(map(repr, packed))})", repr(path))
+
     def entries(layer: nn.Module, path: str) -> tuple[Entry, ...] | None:
         if type(layer) is EnsembleLinear:
             return _PACKED_FIRST if path in first else _PACKED
@@ -101,7 +108,8 @@ def state_dict(model: nn.Module, *, first: Collection[str] = ()) -> dict[str, Te
         >>> {name: list(value.shape) for name, value in ek.exchange.torch_uncertainty.state_dict(layer).items()}
         {'linear.weight': [2, 8], 'r_group': [4, 8], 's_group': [4, 2], 'bias': [4, 2]}
     """
-    return _states.outward("exchange.torch_uncertainty.state_dict", model, _entries_of(first))
+    op = "exchange.torch_uncertainty.state_dict"
+    return _states.outward(op, model, _entries_of(op, model, first))
 
 
 def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, first: Collection[str] = ()) -> nn.Module:
@@ -125,7 +133,7 @@ def load_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, first: Col
         True
     """
     op = "exchange.torch_uncertainty.load_state_dict"
-    model.load_state_dict(_states.inward(op, model, state, _entries_of(first)))
+    model.load_state_dict(_states.inward(op, model, state, _entries_of(op, model, first)))
     return model
 
 
@@ -169,7 +177,7 @@ def from_layer(layer: nn.Module) -> nn.Module:
         reject(op, "layer", f"a layer of torch-uncertainty that has a counterpart ({', '.join(_BUILD)})", kind)
     with torch.device("meta"):
         ours, first = _BUILD[kind](op, layer), ("",) if getattr(layer, "groups", None) == 1 else ()
-    return _states.fill(op, ours, layer, _entries_of(first))
+    return _states.fill(op, ours, layer, _entries_of(op, ours, first))
 
 
 def _frozen(layer: nn.Module) -> nn.Module:
@@ -316,7 +324,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     `nn.Identity` takes its place.  Everything else stays, as the grouped convolutions of `PackedConv2d`.
 
     Rows that members cannot share evenly are refused from then on; torch-uncertainty gives those of the remainder to
-    the first members.
+    the first members.  Under autocast, results are of its dtype, also where a bias of 32 bits is added.
 
     Args:
         model: changed in place, and returned; also inside its wrapper `torch_uncertainty.methods.BatchEnsemble`.
