@@ -42,7 +42,7 @@ IMPLEMENTED: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "ensemble_predict": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "ensemble_predict_regression": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mix_templates": _MIXING,
-    "mix_with_noise_": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES},
+    "mix_with_noise_": _MIXING,
     "mixture_linear": {"cpu": _ALL_DTYPES, "triton": _GPU_DTYPES, "cuda": _GPU_DTYPES},
     "mixture_conv1d": _MIXING,  # see `mixture_conv_route`
     "mixture_conv2d": _MIXING,

@@ -14,7 +14,7 @@ from effens_kernels.testing import assert_accurate
 HALF = torch.float16, torch.bfloat16
 BACKENDS = [pytest.param(d, "reference", id=f"{name_of(d)}-reference") for d in (torch.float32, *HALF, torch.float64)]
 BACKENDS += runs(torch.float32, *HALF, torch.float64, op="mix_with_noise_")
-SIZES = [(1, 1, 1), (3, 2, 17), (9, 5, 130), (17, 21, 70), (0, 3, 5), (3, 3, 0)]
+SIZES = [(1, 1, 1), (3, 2, 17), (9, 5, 130), (17, 21, 70), (5, 70, 64), (0, 3, 5), (3, 3, 0)]
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(effens_kernels_cuda, m) {
       "bool need_x, bool need_weight, bool need_r, bool need_s, bool need_bias, bool tf32, int tile=-1, int parts=0) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("mix_templates_fwd(Tensor coefficients, Tensor templates, int tile=-1) -> Tensor");
+  m.def("mix_with_noise_(Tensor(a!) noise, Tensor sigma, Tensor coefficients, Tensor templates, int tile=-1) -> ()");
   m.def(
       "mix_templates_bwd(Tensor grad, Tensor coefficients, Tensor templates, bool need_coefficients, "
       "bool need_templates, int tile=-1, int blocks=0) -> (Tensor, Tensor)");

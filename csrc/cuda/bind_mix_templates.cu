@@ -67,6 +67,26 @@ Tensor mix_templates_fwd(const Tensor& coefficients, const Tensor& templates_, i
   return mixed;
 }
 
+void mix_with_noise_(const Tensor& noise, const Tensor& sigma_, const Tensor& coefficients, const Tensor& templates_,
+                     int64_t tile) {
+  const char* op = "mix_with_noise_";
+  const Sizes n = check(op, coefficients, templates_, tile);
+  check_like(op, "noise", noise, templates_, {n.rows, n.columns});
+  check_like(op, "sigma", sigma_, templates_, {n.columns});
+  STD_TORCH_CHECK(noise.is_contiguous(), op, ": noise should be contiguous");
+  const DeviceGuard guard(templates_);
+  if (n.nothing()) return;
+  const Tensor templates = rows_contiguous(templates_), sigma = torch::stable::contiguous(sigma_);
+  with_math(op, templates, false, [&](auto t, auto) {
+    using T = decltype(t);
+    const MixedRows<T> mixed{device::global(static_cast<T*>(noise.mutable_data_ptr()), noise.numel(), "noise"),
+                             in_vectors<T>(noise, 1, {n.columns})};
+    Mix<T> p{rows<T>(templates, "templates"), coefficients_of<T>(coefficients), mixed, n.rows, n.count, n.columns};
+    p.sigma = {input<T>(sigma, "sigma"), 0, in_vectors<T>(sigma, 1, {n.columns})};
+    device::launch_mix_fwd<T>(p, setting_of(templates, tile));
+  });
+}
+
 std::tuple<Tensor, Tensor> mix_templates_bwd(const Tensor& grad_, const Tensor& coefficients, const Tensor& templates_,
                                              bool need_coefficients, bool need_templates, int64_t tile,
                                              int64_t blocks) {
@@ -119,5 +139,6 @@ std::tuple<Tensor, Tensor> mix_templates_bwd(const Tensor& grad_, const Tensor& 
 
 STABLE_TORCH_LIBRARY_IMPL(effens_kernels_cuda, EFFENS_CUDA_KEY, m) {
   m.impl("mix_templates_fwd", TORCH_BOX(&effens::cuda::mix_templates_fwd));
+  m.impl("mix_with_noise_", TORCH_BOX(&effens::cuda::mix_with_noise_));
   m.impl("mix_templates_bwd", TORCH_BOX(&effens::cuda::mix_templates_bwd));
 }

@@ -1,6 +1,6 @@
 // The kernels of mixed templates: theta = C A with C [M, T], A [T, N], few rows and templates and many columns.
 //
-//   mix_fwd   theta = C A
+//   mix_fwd   theta = C A, or theta = C A + sigma theta: noise becomes samples of a Gaussian
 //   mix_bwd   dA = C^T g, and parts of dC = g A^T, in one pass over g and A
 //   mix_add   dC: its parts, added in one order
 //
@@ -128,6 +128,28 @@ __device__ __forceinline__ void store_rows(const MixedRows<T>& to, const float (
   }
 }
 
+// sums[r][j] = sigma[column + j] * noise[first + r][column + j], before row `end`
+template <int R, int W, class T>
+__device__ __forceinline__ void begin_with_noise(float (&sums)[R][W], const Rows<T>& sigma, const MixedRows<T>& noise,
+                                                 int first, int end, int64_t column, int64_t columns) {
+  auto row_of = [&](Global<const T> row, bool vectors) {
+    if (vectors) return load<W>(row);
+    Vector<T, W> values;
+#pragma unroll
+    for (int j = 0; j < W; ++j) values[j] = column + j < columns ? T(row[j]) : from_float<T>(0.0f);
+    return values;
+  };
+  if (column >= columns) return;
+  const Vector<T, W> by = row_of(sigma.data + column, sigma.vectors);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (first + r >= end) return;
+    const Vector<T, W> values = row_of(noise.data + ((first + r) * columns + column), noise.vectors);
+#pragma unroll
+    for (int j = 0; j < W; ++j) sums[r][j] = to_float(by[j]) * to_float(values[j]);
+  }
+}
+
 // A vector of columns belongs to one thread, or to one of each group of threads, which take R rows each.  Where rows or
 // templates are more than groups take at a time, there are more rounds.
 template <class T>
@@ -139,6 +161,7 @@ struct Mix {
   MixedRows<T> mixed;
   int rows = 0, count = 0;  // M, T
   int64_t columns = 0;
+  Rows<T> sigma{};    // one row: `mixed` is noise before; null: it is nothing
   int log_width = 0;  // of the vectors of a block
 
   __host__ __device__ int staged() const { return count < most_templates ? count : most_templates; }
@@ -155,6 +178,7 @@ __global__ void __launch_bounds__(mix_threads, R* per_vector<T> > 32 ? 2 : 3) mi
   const int64_t n = int64_t(blockIdx.x) * row;
   for (int m = 0; m < p.rows; m += rows) {
     float sums[R][V] = {};
+    if (p.sigma.data != nullptr) begin_with_noise(sums, p.sigma, p.mixed, m + group * R, p.rows, n + at, p.columns);
     for (int t = 0; t < p.count; t += staged) {
       const int some = min(staged, p.count - t);
       if (m > 0 || t > 0) __syncthreads();  // all are done with what is there

@@ -11,6 +11,10 @@ def fwd(coefficients: Tensor, templates: Tensor) -> Tensor:
     return _native.cuda_ops.mix_templates_fwd.default(coefficients, templates)
 
 
+def mix_with_noise_(noise: Tensor, sigma: Tensor, coefficients: Tensor, templates: Tensor) -> None:
+    _native.cuda_ops.mix_with_noise_.default(noise, sigma, coefficients, templates)
+
+
 def bwd(
     grad: Tensor, coefficients: Tensor, templates: Tensor, need_coefficients: bool, need_templates: bool
 ) -> tuple[Tensor, Tensor]:
