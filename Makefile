@@ -28,7 +28,7 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
 .DEFAULT_GOAL := help
-.PHONY: help build test test-python test-cpp emulation bench gpu-report demo lint format config clean distclean
+.PHONY: help build test test-python test-cpp emulation bench gpu-report demo examples lint format config clean distclean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -54,10 +54,14 @@ gpu-report:  ## on a machine with a GPU: build, test, check and measure, in part
 	@python=$(GPU_PYTHON); if [ "$$python" = "$(PY)" ]; then $(MAKE) build || exit; fi; \
 	  echo "== $$python -m bench.gpu $(GPU_REPORT_ARGS)"; $$python -m bench.gpu $(GPU_REPORT_ARGS)
 
-demo: $(STAMPS)/build  ## train the ensembles of the examples
-	$(PY) examples/forum_ensembles.py $(DEMO_ARGS)
+demo: $(STAMPS)/build  ## what every kind of ensemble costs and is worth: under five minutes
+	$(PY) examples/cost_table.py $(DEMO_ARGS)
+
+examples: $(STAMPS)/build  ## the other examples, one after the other
+	$(PY) examples/forum_ensembles.py $(FORUM_ARGS)
 	$(PY) examples/batchensemble_mlp.py $(BATCHENSEMBLE_ARGS)
 	$(PY) examples/layer_ensembles.py $(LAYER_ENSEMBLE_ARGS)
+	$(PY) examples/mixture_ensembles.py $(MIXTURE_ARGS)
 	$(PY) examples/rl_critics.py $(RL_ARGS)
 
 lint: $(STAMPS)/requirements  ## ruff and clang-format, changing nothing

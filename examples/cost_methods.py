@@ -45,6 +45,17 @@ def each_alone(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, y: ek.losses.ensemble_cross_entropy(model(x), y, reduction="sum")
 
 
+def each_its_share(model: nn.Module, members: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Members see parts of the batch, but for rows that are left over: in all, the products of one network."""
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        rows = len(y) // members * members
+        x, y = (t[:rows].unflatten(0, (members, -1)) for t in (x, y))
+        return ek.losses.ensemble_cross_entropy(model(x, per_member=True), y)
+
+    return loss
+
+
 def trained_together(model: nn.Module, data: Images, settings: Settings, groups: object = None) -> Trained:
     loop = Loop(data, settings)
     loop.run(model, adamw(groups or model.parameters(), settings), each_alone(model))
@@ -85,14 +96,8 @@ def batch_ensemble(data: Images, settings: Settings) -> Trained:
 def batch_ensemble_split(data: Images, settings: Settings) -> Trained:
     """Each member sees its share of every batch, as in the paper: one network's products in training."""
     model = ek.convert(network(data, settings), "batch_ensemble", settings.members, scale_init="random_sign")
-    members, loop = settings.members, Loop(data, settings)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        rows = len(y) // members * members
-        x, y = (t[:rows].unflatten(0, (members, -1)) for t in (x, y))
-        return ek.losses.ensemble_cross_entropy(model(x, per_member=True), y)
-
-    loop.run(model, adamw(model.parameters(), settings), loss)
+    loop = Loop(data, settings)
+    loop.run(model, adamw(model.parameters(), settings), each_its_share(model, settings.members))
     return loop.trained(model, model.state_dict())
 
 
@@ -182,6 +187,15 @@ def mc_dropout(data: Images, settings: Settings) -> Trained:
     return loop.trained(ensemble, model.state_dict())
 
 
+def masksembles(data: Images, settings: Settings) -> Trained:
+    """Masks drawn once in place of dropout; each member sees its share of every batch, as in the paper."""
+    members, plain = settings.members, network(data, settings, dropout=0.2)
+    model = ek.convert(plain, "masksembles", members, example=data.x_train[:2], scale=2.0)
+    loop = Loop(data, settings)
+    loop.run(model, adamw(model.parameters(), settings), each_its_share(model, members))
+    return loop.trained(model, model.state_dict())
+
+
 METHODS = {
     "single network": Method(single),
     "standard ensemble, a loop": Method(loop_of_networks, Claim("M", "M", "M")),
@@ -196,4 +210,5 @@ METHODS = {
     "Snapshot": Method(snapshot, Claim("1", "M", "M")),
     "SWAG": Method(swag, Claim("1.1", "T", "1.2")),
     "MC dropout": Method(mc_dropout),
+    "Masksembles": Method(masksembles),
 }
