@@ -3,7 +3,7 @@
 A mode sees every call of PyTorch that the code makes, wherever it is made from, and sends those of RULES to ops that
 take all members together.  Everything else is left to torch.func's own rules.
 
-    F.linear                          grouped_linear, all members in one call
+    F.linear                          grouped_linear, all members in one call, with the activation in an nn.Sequential
     F.conv1d ... conv_transpose3d     one convolution per member; rows of all members where they share the weight
     F.scaled_dot_product_attention    one attention on the rows of all members
     nn.MultiheadAttention             these two
@@ -27,9 +27,12 @@ from torch.overrides import TorchFunctionMode
 
 from .. import _dispatch
 from ..ops import _member_calls
+from ..ops._activations import ACTIVATIONS
 from ..ops._checks import DTYPES, autocast
 from ..ops._convolution import read, read_transposed
 from ..ops.grouped_linear import grouped_linear
+from ._levels import beneath, current_level, differs
+from ._sequential import linear_activation
 
 
 class Fused(TorchFunctionMode):
@@ -42,6 +45,15 @@ class Fused(TorchFunctionMode):
         super().__init__()
         self.members, self.training, self.shares = members, training, shares
         self.saving = _saving()
+        self.level: int | None = None
+
+    def __enter__(self) -> Fused:
+        self.level = current_level() if self.level is None else self.level
+        return super().__enter__()
+
+    def calls_beneath(self, *tensors: Tensor) -> bool:
+        """Whether members differ in all of these, and the members' own tensors may be taken: no vmap of theirs runs."""
+        return self.level is not None and current_level() == self.level and all(differs(t, self.level) for t in tensors)
 
     def __torch_function__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
@@ -73,16 +85,28 @@ def _differs(*tensors: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors)
 
 
-def _linear(mode: Fused, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(
+    mode: Fused, input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
     x, w, b = autocast(input, weight, bias)
     fits = w.dim() == 2 and x.dim() > 0 and x.shape[-1] == w.shape[1] and (b is None or b.shape == w.shape[:1])
     if not fits or not _suits(x, w, b) or not _differs(x, w, b):
-        return F.linear(input, weight, bias)
+        return ACTIVATIONS[activation].apply(F.linear(input, weight, bias))
     rows = x.unsqueeze(0) if x.dim() == 1 else x if x.dim() == 2 else x.flatten(0, -2)
     sizes = mode.members, rows.shape[0], w.shape[1], w.shape[0]
     problem = _dispatch.Problem("grouped_linear", x.device.type, x.dtype, sizes, x.device.index, mode.training)
-    b = None if b is None else b.unsqueeze(0)
-    y = grouped_linear(rows, w.unsqueeze(0), b, backend=_dispatch.select(problem)).squeeze(0)
+    backend = _dispatch.select(problem)
+    if mode.calls_beneath(w):
+        shared_bias = not differs(b, mode.level)
+
+        def linear(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+            b = b.expand(mode.members, -1) if b is not None and shared_bias else b
+            return grouped_linear(rows, w, b, activation=activation, backend=backend)
+
+        y = beneath(mode.level, linear, rows, w, b)
+    else:
+        b = None if b is None else b.unsqueeze(0)
+        y = grouped_linear(rows, w.unsqueeze(0), b, activation=activation, backend=backend).squeeze(0)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -256,6 +280,7 @@ def _unflatten(mode: Fused, tensor: Tensor, dim: int, sizes: object) -> Tensor:
 
 RULES: dict[Callable, Callable] = {
     F.linear: _linear,
+    linear_activation: _linear,
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head,
     F.embedding: _embedding,

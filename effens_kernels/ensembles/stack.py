@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,21 @@ from torch.utils import _pytree as pytree
 
 from ..ops._checks import reject
 from ._alike import check_models
+from ._levels import mapped
 from ._members import Fused, assign, explained, without_fast_paths
+from ._sequential import fuse, unfuse
 
 RANDOMNESS = ("different", "same")
+
+
+class _Place(NamedTuple):
+    """Where a member has a tensor, and that of all members."""
+
+    path: str
+    tensor: Tensor  # [E, ...], but for those that are shared
+    plain: dict[str, Tensor | None]  # of the member's module
+    name: str  # there
+    is_buffer: bool
 
 
 class _Part(nn.Module):
@@ -102,29 +115,68 @@ class StackedEnsemble(_Part):
             raise explained(error, self._plain, "convert" if self.has_trunk else "stack") from error
 
     def _together(self, leaves: list[object], spec: pytree.TreeSpec, dims: list[int | None]) -> object:
-        parameters, buffers = self._state("_parameters"), self._state("_buffers")
-        training = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
+        places = self._places()
+        training = torch.is_grad_enabled() and any(place.tensor.requires_grad for place in places)
         mode = Fused(self.num_members, training, self.has_trunk)
-        found: list[object] = []  # what is not mapped: the result without its tensors, and names
+        found: list[object] = []  # what is not mapped: the result without its tensors, and places
 
-        def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor], *leaves: object) -> list[Tensor]:
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            state = {**parameters, **buffers}
+        def run(*values: object) -> list[Tensor]:
+            args, kwargs = pytree.tree_unflatten(values[len(places) :], spec)
             with mode:
-                # Puts into `state` what the code assigned.
-                y = functional_call(self._plain, state, args, kwargs, tie_weights=False)
-            values, arrangement = pytree.tree_flatten(y)
-            mapped = [isinstance(v, Tensor) for v in values]
-            assigned = [name for name, buffer in buffers.items() if state[name] is not buffer]
-            found.extend((arrangement, mapped, [None if m else v for v, m in zip(values, mapped)], assigned))
-            return [v for v, m in zip(values, mapped) if m] + [state[name] for name in assigned]
+                y, after = self._called(places, values, args, kwargs)
+            values_of, arrangement = pytree.tree_flatten(y)
+            tensors = [isinstance(v, Tensor) for v in values_of]
+            assigned = [n for n, place in enumerate(places) if place.is_buffer and after[n] is not values[n]]
+            found.extend((arrangement, tensors, [None if t else v for v, t in zip(values_of, tensors)], assigned))
+            return [v for v, t in zip(values_of, tensors) if t] + [after[n] for n in assigned]
 
-        axes = ({name: None if name in self.shared else 0 for name in state} for state in (parameters, buffers))
-        results = iter(vmap(run, (*axes, *dims), randomness=self.randomness)(parameters, buffers, *leaves))
-        arrangement, mapped, values, assigned = found
-        values = [next(results) if m else v for v, m in zip(values, mapped)]
-        _keep(buffers, {name: self._common(name, value) for name, value in zip(assigned, results)})
+        axes = [*(None if place.path in self.shared else 0 for place in places), *dims]
+        arguments = [*(place.tensor for place in places), *leaves]
+        if torch.compiler.is_compiling():
+            results = vmap(run, tuple(axes), randomness=self.randomness)(*arguments)
+        else:
+            results = mapped(run, axes, arguments, self.num_members, self.randomness)
+        results = iter(results)
+        arrangement, tensors, values, assigned = found
+        values = [next(results) if t else v for v, t in zip(values, tensors)]
+        with torch.no_grad():  # what the members' code assigned to buffers, rather than to change them in place
+            for n, value in zip(assigned, results):
+                places[n].tensor.copy_(self._common(places[n].path, value))
         return pytree.tree_unflatten(values, arrangement)
+
+    def _called(
+        self, places: list[_Place], values: Sequence[object], args: tuple, kwargs: dict[str, object]
+    ) -> tuple[object, list[Tensor]]:
+        """What the member's code gives with these values in their places, and what is in the places then."""
+        if torch.compiler.is_compiling():
+            state = {place.path: value for place, value in zip(places, values)}
+            y = functional_call(self._plain, state, args, kwargs, tie_weights=False)
+            return y, [state[place.path] for place in places]
+        before = [place.plain[place.name] for place in places]
+        try:
+            for place, value in zip(places, values):
+                place.plain[place.name] = value
+            y = self._plain(*args, **kwargs)
+            return y, [place.plain[place.name] for place in places]
+        finally:
+            for place, value in zip(places, before):
+                place.plain[place.name] = value
+
+    def _places(self) -> list[_Place]:
+        """Each place of a tensor once, where its module is first: what is tied is in several.
+
+        functional_call, if it is to tie them, puts back the wrong tensors where a module has two names (torch 2.13).
+        """
+        return [
+            _Place(f"{path}.{name}" if path else name, tensor, plain, name, own is part._buffers)
+            for path, part in self.named_modules()
+            for own, plain in (
+                (part._parameters, part._plain._parameters),
+                (part._buffers, part._plain._buffers),
+            )
+            for name, tensor in own.items()
+            if tensor is not None
+        ]
 
     def _alone(self, member: int, args: tuple, kwargs: dict[str, object]) -> object:
         if isinstance(member, bool) or not isinstance(member, int):
@@ -167,16 +219,7 @@ class StackedEnsemble(_Part):
         return value[0]
 
     def _state(self, kind: str) -> dict[str, Tensor]:
-        """Each place of a tensor once, where its module is first: what is tied is in several.
-
-        functional_call, if it is to tie them, puts back the wrong tensors where a module has two names (torch 2.13).
-        """
-        return {
-            f"{path}.{name}" if path else name: tensor
-            for path, part in self.named_modules()
-            for name, tensor in getattr(part, kind).items()
-            if tensor is not None
-        }
+        return {p.path: p.tensor for p in self._places() if p.is_buffer == (kind == "_buffers")}
 
     def __repr__(self) -> str:
         plain = repr(self._plain).replace("\n", "\n  ")
@@ -239,6 +282,7 @@ def assembled(
     first model, the members' values `[E, ...]` where these exist already.
     """
     plain = copied(models[0], lambda tensor: torch.empty_like(tensor, device="meta"))
+    fuse(plain)
     ensemble = StackedEnsemble(plain, len(models), randomness)
     common = {id(tensor): _like(tensor, tensor.clone()) for tensor in trunk or ()}
     held = {id(tensor) for tensor in common.values()}
@@ -332,4 +376,4 @@ def member_of(ensemble: StackedEnsemble, e: int) -> nn.Module:
                 if stacked is not None and id(plain[name]) not in memo:
                     common = (f"{path}.{name}" if path else name) in ensemble.shared
                     memo[id(plain[name])] = _like(stacked, (stacked if common else stacked[e]).clone())
-    return copy.deepcopy(ensemble._plain, memo)
+    return unfuse(copy.deepcopy(ensemble._plain, memo))

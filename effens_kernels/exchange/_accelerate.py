@@ -8,10 +8,9 @@ from itertools import pairwise
 
 from torch import nn
 
+from ..nn._fusing import fused_name
 from ..nn._layout import has_hooks
 from ..ops._checks import reject
-
-_FUSED = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Tanh: "tanh"}
 
 
 class Accelerated(nn.Module):
@@ -53,12 +52,9 @@ def _fuse_activations(model: nn.Module) -> None:
     uses = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     for block in [m for m in model.modules() if type(m) is nn.Sequential]:
         for (_, layer), (name, then) in pairwise(list(block._modules.items())):
-            if (
-                not isinstance(layer, Fusing)
-                or type(then) not in _FUSED
-                or getattr(then, "approximate", "none") != "none"
-            ):
+            activation = fused_name(then)
+            if not isinstance(layer, Fusing) or activation is None:
                 continue
             if layer.activation is None and uses[id(layer)] == 1 and not has_hooks(layer) and not has_hooks(then):
-                layer.activation = _FUSED[type(then)]
+                layer.activation = activation
                 block._modules[name] = nn.Identity().train(then.training)

@@ -10,10 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...ops._checks import reject
+from .._fusing import fused_name
 from .._layout import has_hooks
 from .construction import sequential
 from .prefix_tree import Level, Places, Run
-from .stages import BatchNorm, Convolution, Each, LayerNorm, Linear, Plain, Stage, fused_name, softmax_of_rows
+from .stages import BatchNorm, Convolution, Each, LayerNorm, Linear, Plain, Stage, softmax_of_rows
 
 # Without gradients, options that are computed one by one take so many bytes of images at a time: results go where they
 # belong while they are in cache, and what lies between the stages of an option stays small.

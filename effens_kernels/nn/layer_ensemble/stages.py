@@ -21,25 +21,18 @@ from torch import Tensor, nn
 from ...ops import grouped_linear, indexed_linear
 from ...ops._activations import ACTIVATIONS
 from ...ops._checks import reject
+from .._fusing import MODULES
 from . import _batch_norm
 from .prefix_tree import Level
 
 Values = Mapping[str, Tensor | None]
 
-_MODULES = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 _IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.ReLU: torch.relu_,
     nn.SiLU: lambda x: F.silu(x, inplace=True),
     nn.Sigmoid: torch.sigmoid_,
     nn.Tanh: torch.tanh_,
 }
-
-
-def fused_name(module: nn.Module) -> str | None:
-    """The activation that a linear layer computes with its product."""
-    if type(module) is nn.GELU and module.approximate != "none":
-        return None
-    return next((name for name, kind in _MODULES.items() if type(module) is kind), None)
 
 
 class Stage(nn.Module):
@@ -127,10 +120,10 @@ class Linear(Stage):
 
     def of_one(self, x: Tensor, k: int, own: Values, prefixes: int, fresh: bool) -> Tensor:
         y = F.linear(self._checked(x), own["weight"], own["bias"])
-        return _activated(y, _MODULES.get(self.activation), ACTIVATIONS[self.activation].apply)
+        return _activated(y, MODULES.get(self.activation), ACTIVATIONS[self.activation].apply)
 
     def plain(self, k: int) -> list[nn.Module]:
-        activation = [] if self.activation is None else [_MODULES[self.activation]().train(self.training)]
+        activation = [] if self.activation is None else [MODULES[self.activation]().train(self.training)]
         return [*super().plain(k), *activation]
 
     def _checked(self, x: Tensor) -> Tensor:
