@@ -111,7 +111,8 @@ def ensemble_cross_entropy(
     if isinstance(smoothing, Tensor):  # the loss is linear in it
         smoothing = smoothing.view(members, *(1 for _ in batch))
         plain = of_rows(0.0)
-        found = torch.where(smoothing == 0, plain, plain.lerp(of_rows(1.0), smoothing))  # of which one may be inf
+        mixed = (1 - smoothing) * plain + smoothing * of_rows(1.0)
+        found = torch.where(smoothing == 0, plain, mixed)  # of the other, inf may be a part
     else:
         found = of_rows(smoothing)
     counts = None

@@ -10,6 +10,7 @@ from . import (
     mixture_linear,
     models,
     optim,
+    predict,
     ragged_linear,
     rank1_conv2d,
 )
@@ -29,6 +30,7 @@ SUITES: dict[str, Suite] = {
         mixture_conv2d.SUITE,
         layer_ensemble.SUITE,
         optim.SUITE,
+        predict.SUITE,
     )
 }
 
