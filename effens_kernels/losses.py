@@ -111,7 +111,8 @@ def ensemble_cross_entropy(
     if isinstance(smoothing, Tensor):  # the loss is linear in it
         smoothing = smoothing.view(members, *(1 for _ in batch))
         plain = of_rows(0.0)
-        found = torch.where(smoothing == 0, plain, plain.lerp(of_rows(1.0), smoothing))  # of which one may be inf
+        mixed = (1 - smoothing) * plain + smoothing * of_rows(1.0)
+        found = torch.where(smoothing == 0, plain, mixed)  # of the other, inf may be a part
     else:
         found = of_rows(smoothing)
     counts = None
@@ -274,11 +275,12 @@ def _reduce(found: Tensor, row_weight: Tensor | None, reduction: str, counts: Te
         counts = row_weight.expand_as(found) if counts is None else counts * row_weight
     if reduction == "none":
         return found
-    found = found.flatten(1)
+    rows = len(found), prod(found.shape[1:])
+    found = found.reshape(rows)
     if counts is None:
         members = found.mean(1)
     else:
-        total = counts.flatten(1).sum(1)
+        total = counts.reshape(rows).sum(1)
         if row_weight is not None:
             total = torch.where(total == 0, 1, total)
         members = found.sum(1) / total

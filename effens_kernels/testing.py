@@ -821,3 +821,31 @@ MIXTURE_WORKLOADS = (
     MixtureCase(32, 8, 256, 256, templates=8),
     MixtureCase(32, 16, 512, 512, shared=True, templates=4),
 )
+
+
+@dataclass(frozen=True)
+class PredictCase:
+    """Logits of an ensemble of classifiers."""
+
+    members: int
+    batch: int
+    classes: int
+
+    def __str__(self) -> str:
+        return f"E{self.members}-B{self.batch}-C{self.classes}"
+
+    def inputs_for(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> Tensor:
+        """Random logits of members that agree in part."""
+        generator = torch.Generator().manual_seed(seed)
+        shape = (self.batch, self.classes)
+        common = strided(shape, "contiguous", generator, torch.float32, device)
+        return (2 * common + strided((self.members, *shape), "contiguous", generator, torch.float32, device)).to(dtype)
+
+
+PREDICT_WORKLOADS = (
+    PredictCase(5, 1024, 10),
+    PredictCase(32, 4096, 10),
+    PredictCase(10, 1024, 100),
+    PredictCase(4, 256, 1000),
+    PredictCase(32, 64, 1000),
+)

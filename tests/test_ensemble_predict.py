@@ -22,7 +22,7 @@ RUNS = [*runs(*DTYPES, op=OP), *(pytest.param(d, Runner("reference"), id=f"{name
 every_dtype = pytest.mark.parametrize(("dtype", "runner"), RUNS, indirect=["runner"])
 # E, B, C and the layout: few classes, whose rows are lanes of the CPU engine, and many, which are lanes themselves.
 CASES = [
-    *((*sizes, "contiguous") for sizes in [(1, 1, 1), (3, 17, 1), (2, 1, 2), (5, 33, 10), (10, 3, 123), (37, 16, 3)]),
+    *((*sizes, "contiguous") for sizes in [(1, 1, 1), (3, 17, 1), (2, 29, 2), (5, 33, 10), (10, 1, 123), (37, 16, 3)]),
     *((4, 19, 21, layout) for layout in ("transposed", "inner", "stepped", "offset")),
     *((3, 2, 203, layout) for layout in ("transposed", "inner", "stepped", "offset")),
 ]
@@ -287,7 +287,7 @@ def differentiable(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("sizes", [(3, 4, 5), (1, 2, 1), (2, 1, 20)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 2, 4), (1, 2, 1)], ids=str)
 def test_gradcheck(backend, sizes):
     logits = torch.randn(sizes, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(differentiable(backend), logits)

@@ -18,7 +18,7 @@ RUNS = [*runs(*DTYPES, op=OP), *(pytest.param(d, Runner("reference"), id=f"{name
 every_dtype = pytest.mark.parametrize(("dtype", "runner"), RUNS, indirect=["runner"])
 every_runner = pytest.mark.parametrize("runner", [Runner("reference"), *HERE], ids=str, indirect=True)
 CASES = [
-    *((*sizes, "contiguous") for sizes in [(1, 1), (3, 17), (2, 100), (40, 1031)]),
+    *((*sizes, "contiguous") for sizes in [(1, 1), (3, 17), (2, 100), (11, 131)]),
     *((4, 37, layout) for layout in ("transposed", "stepped", "offset")),
 ]
 
@@ -187,7 +187,11 @@ GOOD = torch.ones(2, 3)
     ("arguments", "error", "words"),
     [
         (([1.0],), TypeError, "means should be a torch.Tensor, got list [1.0]"),
-        ((GOOD.long(),), TypeError, "means should be a float32, float16, bfloat16 or float64 tensor, got int64[2, 3]"),
+        (
+            (GOOD.int(),),
+            TypeError,
+            "means should be a float32, float16, bfloat16 or float64 tensor, got int32[2, 3] on cpu",
+        ),
         ((torch.ones(()),), ValueError, "means should be [E, *batch], got float32[] on cpu"),
         ((GOOD[:0],), ValueError, "means should be [E, *batch] of at least one member, got float32[0, 3] on cpu"),
         ((GOOD, 1.0), TypeError, "variances should be a torch.Tensor, got float 1.0"),

@@ -9,6 +9,7 @@ from . import (
     mixture_conv2d,
     mixture_linear,
     models,
+    predict,
     ragged_linear,
     rank1_conv2d,
 )
@@ -27,6 +28,7 @@ SUITES: dict[str, Suite] = {
         mixture_linear.SUITE,
         mixture_conv2d.SUITE,
         layer_ensemble.SUITE,
+        predict.SUITE,
     )
 }
 
