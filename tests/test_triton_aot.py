@@ -27,6 +27,8 @@ from triton_budgets import SHARED_MEMORY, TYPES, Launch, compile_for, excesses, 
 
 from effens_kernels.ops import triton_engine as engine
 from effens_kernels.ops._activations import ACTIVATIONS, saves_preactivation
+from effens_kernels.ops.ensemble_predict import triton as ensemble_predict
+from effens_kernels.ops.ensemble_predict_regression import triton as ensemble_predict_regression
 from effens_kernels.ops.grouped_linear import triton as grouped_linear
 from effens_kernels.ops.indexed_linear import triton as indexed_linear
 from effens_kernels.ops.mix_templates import triton as mix_templates
@@ -194,6 +196,48 @@ class MixCall:
         return recorded[:forward], recorded[forward:]
 
 
+@dataclass(frozen=True)
+class PredictCall:
+    """One forward and backward of ensemble_predict or, without classes, of ensemble_predict_regression."""
+
+    members: int
+    rows: int
+    classes: int = 0
+    dtype: torch.dtype = torch.bfloat16
+    transposed: bool = False  # stored [B, E, C]
+    far: bool = False  # rows so far apart that offsets within a tile take 64 bits
+    given: tuple[bool, ...] = field(default=(True,) * 5)  # gradients of results; variances
+
+    def __str__(self) -> str:
+        words = "predict", TYPES[self.dtype], f"E{self.members}", f"B{self.rows}", f"C{self.classes}"
+        some = "".join("01"[given] for given in self.given) if not all(self.given) else ""
+        return "-".join(filter(None, (*words, "transposed" * self.transposed, "far" * self.far, some)))
+
+    def launches(self, capability: int) -> tuple[list[Launch], list[Launch]]:
+        """(forward, backward) on a GPU of that compute capability."""
+        op = ensemble_predict if self.classes else ensemble_predict_regression
+        recorded: list[Launch] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(op, "launch", lambda plan, *tensors: recorded.append(Launch(plan, tensors)))
+            patch.setattr(op, "capability", lambda device: capability)
+            empty = functools.partial(torch.empty, dtype=self.dtype, device="meta")
+            members = empty(self.members, self.rows, *([self.classes] if self.classes else []))
+            if self.transposed:
+                members = empty(self.rows, self.members, *members.shape[2:]).transpose(0, 1)
+            if self.far:
+                members = torch.empty_strided(members.shape, (1 << 40, 1 << 30, 1), dtype=self.dtype, device="meta")
+            results = op.fwd(members) if self.classes else op.fwd(members, members if self.given[4] else None)
+            forward = len(recorded)
+            grads = [r if given else r.new_empty(0) for r, given in zip(results, self.given)]
+            needs = () if self.classes else (True, self.given[4])
+            found = op.bwd(members, results[0], *grads, *needs)
+        for grad, needed in zip(found, needs) if needs else [(found, True)]:
+            assert grad.shape == (members.shape if needed else (0,))
+            assert grad.is_contiguous()
+            assert grad.dtype == self.dtype
+        return recorded[:forward], recorded[forward:]
+
+
 # ------------------------------------------------------------------------------------------------ tests
 
 # Each reaches another row of the table of tiles in at least one kernel; the odd ones load element by element.
@@ -282,6 +326,14 @@ CALLS = [
     (90, MixCall(32, 32, 1 << 20, dtype=FLOAT, far=True)),
     *((c, MixCall(*sizes)) for c in (80, 100) for sizes in ((16, 16, 1 << 20), (64, 64, 1 << 20))),
     *((c, MixCall(32, 16, 1 << 20, dtype=FLOAT, tf32=tf32)) for c in (80, 100) for tf32 in (False, True)),
+    *((90, PredictCall(8, 65536, classes)) for classes in (1, 10, 100, 1024, 2048)),
+    *((90, PredictCall(8, 4096, classes, dtype=FLOAT)) for classes in (17, 1023)),
+    (90, PredictCall(5, 300, 1000, dtype=HALF, transposed=True, given=(True, False, False, False, False))),
+    (90, PredictCall(1, 1, 3, far=True, given=(False, True, False, True, False))),
+    *((c, PredictCall(8, 4096, 1000, dtype=FLOAT)) for c in (80, 100)),
+    *((c, PredictCall(8, 64, 50257)) for c in (80, 90, 100)),
+    *((c, PredictCall(8, 1 << 20, dtype=FLOAT)) for c in (80, 90, 100)),
+    (90, PredictCall(1, 1001, transposed=True, given=(True, False, True, True, False))),
 ]
 
 
@@ -289,7 +341,7 @@ class TestCompiled:
     __test__ = not INTERPRETING
 
     @pytest.mark.parametrize(("capability", "call"), CALLS, ids=[f"sm_{c}-{call}" for c, call in CALLS])
-    def test_budgets(self, capability: int, call: Call | MixCall) -> None:
+    def test_budgets(self, capability: int, call: Call | MixCall | PredictCall) -> None:
         problems = [
             problem
             for launches in call.launches(capability)
@@ -409,6 +461,27 @@ def test_launches_of_mix_templates() -> None:
         forward, backward = MixCall(rows, 5, 1000, need=need).launches(90)
         assert [launch.name for launch in forward] == [mix]
         assert [launch.name for launch in backward] == expected
+
+
+def test_launches_of_ensemble_predict() -> None:
+    """One each way, or three forward where rows are long, which write nothing of all members' classes."""
+    main, backward = "ensemble_predict_fwd", "ensemble_predict_bwd"
+    for classes, forward, expected in (
+        (1, [main], [backward]),
+        (2048, [main], [backward]),
+        (2049, ["ensemble_predict_stats", main, "ensemble_predict_add"], ["ensemble_predict_bwd_long"]),
+    ):
+        launched = PredictCall(5, 3000, classes).launches(90)
+        assert [[launch.name for launch in launches] for launches in launched] == [forward, expected]
+        logits, parts = 5 * 3000 * classes, 4 * 2 * 3000
+        for launch in launched[0]:
+            sizes = [tensor.numel() for tensor in launch.tensors if tensor is not None]
+            assert all(size in (logits, 3000 * classes, 5 * 3000, 3000, parts) for size in sizes)
+            assert sizes.count(logits) == (launch.name != "ensemble_predict_add")
+        assert PredictCall(5, 0, classes).launches(90) == ([], [])
+    names = [[launch.name for launch in launches] for launches in PredictCall(5, 3000).launches(90)]
+    assert names == [["ensemble_predict_regression_fwd"], ["ensemble_predict_regression_bwd"]]
+    assert PredictCall(5, 0).launches(90) == ([], [])
 
 
 def test_parts_of_mix_templates_are_bounded() -> None:

@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
-from ..triton_engine import Block, Plan, capability, fill, launch, narrow
+from ..triton_engine import _INTERPRETED, Block, Plan, capability, fill, launch, narrow
 
 # Kernels keep the grouping of their arguments: tensors, sizes, strides, choices.
 # fmt: off
@@ -32,7 +33,11 @@ def divergence(d):
     """phi(1 + d), by its series where the closed form cancels."""
     x = tl.maximum(1 + d, 1e-37)
     series = 1 / 2 - d * (1 / 6 - d * (1 / 12 - d * (1 / 20 - d * (1 / 30 - d * (1 / 42 - d * (1 / 56 - d / 72))))))
-    return tl.where(tl.abs(d) < 0.25, d * d * series, x * tl.log(x) - d)
+    if _INTERPRETED:
+        log = tl.log(x)
+    else:  # one instruction, of an absolute error of 4e-7, in place of twenty
+        log = libdevice.fast_logf(x)
+    return tl.where(tl.abs(d) < 0.25, d * d * series, x * log - d)
 
 
 @triton.jit
