@@ -41,8 +41,7 @@ def axis_of(function: str, mesh: DeviceMesh, dim: str) -> int:
         reject(function, "mesh", "of processes of which this is one", repr(mesh))
     if names is None and mesh.ndim == 1:
         return 0
-    if dim not in (names or ()):
-        reject(
-            function, "dim", f"one of the mesh's dimensions, {', '.join(map(repr, names or ('unnamed',)))}", repr(dim)
-        )
+    if names is None or dim not in names:
+        known = ", ".join(map(repr, names)) if names else "which need names"
+        reject(function, "dim", f"one of the mesh's dimensions, {known}", repr(dim))
     return names.index(dim)

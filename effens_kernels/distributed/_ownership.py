@@ -96,7 +96,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
 def _owns(module: nn.Module, name: str, where: str) -> bool:
     """Members own what their layer has, but for the weights of BatchEnsemble, and biases that are shared by request."""
     if not any(kind.__module__.startswith(f"{layers.__name__}.") for kind in type(module).__mro__):
-        reject("shard", "ensemble", "whose layers with members are of ek.nn", f"{where} with {name}")
+        reject("shard", "ensemble", "one whose layers with members are of ek.nn", f"{where} with {name}")
     if name == "bias" and getattr(module, "shared_bias", False):
         return False
     scaled = any(f"_{other}".endswith(("_r", "_s")) for other in module._parameters)  # as BatchEnsemble's are
