@@ -99,6 +99,11 @@ def test_bad_gradients_and_changes_are_named_before_anything_is_computed(kind):
     before = first.detach().clone()
     with pytest.raises(TypeError, match=r"params\[0\]\.grad should be dense"):
         optimizer.step()
+    second.grad = None
+    second.grad_dtype = None  # which lets it be anything
+    second.grad = torch.randn(3, 4).double()
+    with pytest.raises(TypeError, match=r"params\[0\]\.grad should be of torch.float32 like its parameter"):
+        optimizer.step()
     second.grad = torch.randn(3, 4)
     optimizer.param_groups[1]["lr"] = [0.1, 0.2]
     with pytest.raises(ValueError, match="lr should be of E=3 members, got 2"):

@@ -190,9 +190,12 @@ class EnsembleOptimizer(torch.optim.Optimizer):
 
     def _check_grads(self, group: dict[str, Any]) -> None:
         for n, p in enumerate(group["params"]):
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                name = f"the gradient of {group['param_names'][n]!r}" if "param_names" in group else f"params[{n}].grad"
+            if p.grad is None or (p.grad.layout is torch.strided and p.grad.dtype == p.dtype):
+                continue
+            name = f"the gradient of {group['param_names'][n]!r}" if "param_names" in group else f"params[{n}].grad"
+            if p.grad.layout is not torch.strided:
                 reject(self._name, name, "dense (strided)", f"layout {p.grad.layout}", TypeError)
+            reject(self._name, name, f"of {p.dtype} like its parameter", p.grad, TypeError)
 
     def _active(self, group: dict[str, Any]) -> float | Tensor:
         """1 for each member that is updated, 0 for the others."""
