@@ -29,6 +29,7 @@ from optim_cases import (
 from torch import nn
 
 import effens_kernels as ek
+from effens_kernels.ops.optimizer_step import native
 
 STEPS = 5
 HAVE_STEPS = [r for r in RUNNERS if r.dtypes("sgd_step")]
@@ -111,6 +112,23 @@ def test_any_number_of_threads_gives_the_same_bits(name, threads):
     assert_equal(found[0], exact, plain)
     for p, *others in zip(*found):
         assert all(torch.equal(p, other) for other in others)
+
+
+@pytest.mark.parametrize(("name", "op"), [("sgd-nesterov", "sgd_step_"), ("adamw-amsgrad", "adamw_step_")])
+def test_all_parameters_of_a_group_are_one_call(name, op, monkeypatch):
+    """And no tensor of their size is made besides."""
+    params = [nn.Parameter(t) for t in values([(1000,), (7, 300), (5,)], torch.float32)]
+    optimizer = build(name, params, "cpu")
+    step(optimizer, params, random_grads(params))
+    calls, run = [], getattr(native, op)
+    monkeypatch.setattr(native, op, lambda *tensors: (calls.append(tensors[0]), run(*tensors)))
+    grads = random_grads(params)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(optimizer, params, grads)
+    assert [len(each) for each in calls] == [3]
+    allocated = [event.cpu_memory_usage for event in profile.events()]
+    assert max(allocated) < 4 * 1000
+    assert all(p is q for p, q in zip(calls[0], params))
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -99,6 +99,11 @@ def test_bad_gradients_and_changes_are_named_before_anything_is_computed(kind):
     before = first.detach().clone()
     with pytest.raises(TypeError, match=r"params\[0\]\.grad should be dense"):
         optimizer.step()
+    second.grad = None
+    second.grad_dtype = None  # which lets it be anything
+    second.grad = torch.randn(3, 4).double()
+    with pytest.raises(TypeError, match=r"params\[0\]\.grad should be of torch.float32 like its parameter"):
+        optimizer.step()
     second.grad = torch.randn(3, 4)
     optimizer.param_groups[1]["lr"] = [0.1, 0.2]
     with pytest.raises(ValueError, match="lr should be of E=3 members, got 2"):
@@ -107,12 +112,23 @@ def test_bad_gradients_and_changes_are_named_before_anything_is_computed(kind):
     assert not optimizer.state
 
 
-def test_a_state_of_another_ensemble_is_named():
-    p, q = parameter(3, 4), parameter(2, 4)
-    optimizer, other = ek.optim.EnsembleAdamW([p]), ek.optim.EnsembleAdamW([q])
-    step(optimizer, [p], [torch.randn(3, 4)])
-    with pytest.raises(ValueError, match=r"EnsembleAdamW: state .* should be \[2, 4\] like its parameter"):
-        other.load_state_dict(optimizer.state_dict())
+def test_a_state_of_another_ensemble_is_named_and_not_loaded():
+    p, q, r = parameter(3, 4), parameter(2, 4), parameter(3, 4)
+    optimizer, other, plain = ek.optim.EnsembleAdamW([p]), ek.optim.EnsembleAdamW([q]), torch.optim.AdamW([r])
+    for each, t in ((optimizer, p), (other, q), (plain, r)):
+        step(each, [t], [torch.randn_like(t)])
+    for state, message in (
+        (optimizer.state_dict(), r"state 'step' should be \[2\], got float64\[3\]"),
+        (plain.state_dict(), r"state 'step' should be \[2\], got float32\[\]"),
+    ):
+        with pytest.raises(ValueError, match=f"EnsembleAdamW: {message}"):
+            other.load_state_dict(state)
+    state = other.state_dict()
+    state["state"] = {0: {"step": torch.ones(2), "exp_avg": torch.zeros(3, 4)}}
+    with pytest.raises(ValueError, match=r"state 'exp_avg' should be \[2, 4\], got float32\[3, 4\]"):
+        other.load_state_dict(state)
+    assert other.state[q]["exp_avg"].shape == q.shape
+    step(other, [q], [torch.randn_like(q)])
 
 
 def test_the_engine_checks_what_it_is_given():

@@ -143,6 +143,22 @@ def test_hyperparameters_may_be_replaced_in_the_groups():
     assert_equal(params, separate)
 
 
+def test_momentum_that_begins_later_and_pauses():
+    """As OneCycleLR does: a member's first buffer is its first gradient since then, and rests while it has none."""
+    options = {"lr": 0.1, "momentum": [0.9, 0.0, 0.5], "dampening": 0.5}
+    params = [nn.Parameter(t) for t in values([(7,)], torch.float64)]
+    separate = Separate("sgd", options, params, torch.float64)
+    optimizer = ek.optim.EnsembleSGD(params, **options)
+    for momentum in ([0.9, 0.0, 0.5], [0.0, 0.0, 0.5], [0.9, 0.9, 0.0], 0.0, [0.5, 0.5, 0.5]):
+        optimizer.param_groups[0]["momentum"] = momentum
+        for e, o in enumerate(separate.optimizers):
+            o.param_groups[0]["momentum"] = own(momentum, e)
+        grads = random_grads(params)
+        step(optimizer, params, grads)
+        separate.step(grads)
+    assert_equal(params, separate)
+
+
 def test_closures_and_missing_gradients():
     params = [nn.Parameter(t) for t in values([(7,), (2,)], torch.float64)]
     separate = Separate("adamw", OPTIONS["adamw"], params, torch.float64)

@@ -51,14 +51,19 @@ class EnsembleOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "num_members": self.num_members, "backend": self.backend}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called for a state that is loaded."""
-        super().__setstate__(state)
-        for group in self.param_groups:
+        """Also called for a state that is loaded, which is checked before it replaces what is there."""
+        self.__dict__.update((name, state[name]) for name in ("num_members", "backend") if name in state)
+        for group in state["param_groups"]:
+            group.setdefault("members", True)
+            group.setdefault("active", None)
             self._normalize(group)
+            steps = [self.num_members if group["members"] else 1]
             for p in group["params"]:
-                for name, value in self.state.get(p, {}).items():
-                    if name != "step" and value.shape != p.shape:
-                        reject(self._name, f"state {name!r}", f"{list(p.shape)} like its parameter", value)
+                for name, value in state["state"].get(p, {}).items():
+                    expected = steps if name == "step" else list(p.shape)
+                    if list(value.shape) != expected:
+                        reject(self._name, f"state {name!r}", f"{expected}", value)
+        super().__setstate__(state)
 
     def state_dict(self) -> dict[str, Any]:
         """As in PyTorch; hyperparameters of each member are plain tensors."""
@@ -190,9 +195,12 @@ class EnsembleOptimizer(torch.optim.Optimizer):
 
     def _check_grads(self, group: dict[str, Any]) -> None:
         for n, p in enumerate(group["params"]):
-            if p.grad is not None and p.grad.layout is not torch.strided:
-                name = f"the gradient of {group['param_names'][n]!r}" if "param_names" in group else f"params[{n}].grad"
+            if p.grad is None or (p.grad.layout is torch.strided and p.grad.dtype == p.dtype):
+                continue
+            name = f"the gradient of {group['param_names'][n]!r}" if "param_names" in group else f"params[{n}].grad"
+            if p.grad.layout is not torch.strided:
                 reject(self._name, name, "dense (strided)", f"layout {p.grad.layout}", TypeError)
+            reject(self._name, name, f"of {p.dtype} like its parameter", p.grad, TypeError)
 
     def _active(self, group: dict[str, Any]) -> float | Tensor:
         """1 for each member that is updated, 0 for the others."""

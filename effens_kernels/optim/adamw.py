@@ -25,9 +25,10 @@ class EnsembleAdamW(EnsembleOptimizer):
         \frac{m_e}{\sqrt{v_e} / \sqrt{1 - \beta_{2e}^{t_e}} + \epsilon_e}
 
     for every member e, in its step :math:`t_e` (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization",
-    algorithm 2, without a schedule): to rounding, what E optimizers of PyTorch do to E models, in one pass over each
-    parameter.  So are trained the members of hyperparameter ensembles (Wenzel et al. 2020, "Hyperparameter Ensembles
-    for Robustness and Uncertainty Quantification", sections 3 and 4).
+    algorithm 2, with weight decay in proportion to the learning rate, as PyTorch has it): to rounding, what E
+    optimizers of PyTorch do to E models, in one pass over each parameter.  So are trained the members of hyperparameter
+    ensembles (Wenzel et al. 2020, "Hyperparameter Ensembles for Robustness and Uncertainty Quantification", sections 3
+    and 4).
 
     Args:
         params: parameters `[E, ...]`, the axis of members in front, or groups of them: those of `ek.stack`, of the
@@ -44,7 +45,8 @@ class EnsembleAdamW(EnsembleOptimizer):
     Hyperparameters `[E]` are float64 tensors on the CPU in `param_groups`, where they may be replaced at any time, and
     which PyTorch's schedulers compute with: all but ReduceLROnPlateau, which wants a single number.  Parameters of
     float32, float16, bfloat16 and float64 have states of their own dtype and order in memory, and may have any strides;
-    those whose members have gaps are copied twice a step.  States have PyTorch's names; `step` is `[E]`.
+    those whose members have gaps are copied twice a step.  States have PyTorch's names; `step` is `[E]`.  A step on a
+    GPU takes numbers from the CPU, so that CUDA graphs cannot capture it.
 
     Raises:
         TypeError: a hyperparameter that is no number, an unsupported dtype, a sparse gradient.

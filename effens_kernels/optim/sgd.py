@@ -44,8 +44,9 @@ class EnsembleSGD(EnsembleOptimizer):
     Hyperparameters `[E]` are float64 tensors on the CPU in `param_groups`, where they may be replaced at any time, and
     which PyTorch's schedulers compute with: all but ReduceLROnPlateau, which wants a single number.  Parameters of
     float32, float16, bfloat16 and float64 have states of their own dtype and order in memory, and may have any strides;
-    those whose members have gaps are copied twice a step.  Of another state than PyTorch's: `step` `[E]`, the number
-    of steps that a momentum buffer has had.
+    those whose members have gaps are copied twice a step.  States have PyTorch's names, and `step` `[E]` besides, the
+    number of steps that a momentum buffer has had.  A step on a GPU takes numbers from the CPU, so that CUDA graphs
+    cannot capture it.
 
     Raises:
         TypeError: a hyperparameter that is no number, an unsupported dtype, a sparse gradient.
