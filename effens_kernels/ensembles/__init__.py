@@ -12,6 +12,7 @@ from .mc_dropout import MCDropoutEnsemble
 from .mimo import MIMOEnsemble, mimo_batch
 from .mixture import MixtureEnsemble
 from .ranking import PathRanking, gaussian_kl, rank_paths
+from .selection import EarlyStopping, Selection, select_members, take_members
 from .snapshot import SnapshotEnsemble
 from .stack import StackedEnsemble, stack, unstack
 from .sub_ensemble import SubEnsemble
@@ -20,12 +21,14 @@ from .swag import SWAG
 __all__ = [
     "SWAG",
     "BatchEnsemble",
+    "EarlyStopping",
     "Ensemble",
     "MCDropoutEnsemble",
     "MIMOEnsemble",
     "MasksemblesEnsemble",
     "MixtureEnsemble",
     "PathRanking",
+    "Selection",
     "SnapshotEnsemble",
     "StackedEnsemble",
     "SubEnsemble",
@@ -33,7 +36,9 @@ __all__ = [
     "gaussian_kl",
     "mimo_batch",
     "rank_paths",
+    "select_members",
     "stack",
+    "take_members",
     "unstack",
     "update_batchnorm",
 ]
