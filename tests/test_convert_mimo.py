@@ -372,8 +372,11 @@ class Backwards(nn.Module):
         super().__init__()
         self.second, self.first = nn.Linear(6, 6), nn.Linear(6, 6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
+    def forward(self, x: Tensor, forwards: bool = False) -> Tensor:
+        layers = self.first, self.second
+        for layer in layers[::-1] if forwards else layers:
+            x = torch.tanh(layer(x))
+        return x
 
 
 class Round(nn.Module):
@@ -511,6 +514,15 @@ BAD = {
         "mimo_batch: generator should be a torch.Generator, got int 3",
     ),
 }
+
+
+def test_the_order_is_that_of_each_pass():
+    """A pass in the right order does not vouch for the next."""
+    ensemble = converted(Backwards())
+    x = torch.randn(M, M * B, 6)
+    assert ensemble(x, True, per_member=True).shape == (M, M * B, 6)
+    with pytest.raises(ValueError, match="MIMOEnsemble: first should be a layer that runs before the last"):
+        ensemble(x, per_member=True)
 
 
 @pytest.mark.parametrize("name", BAD)
