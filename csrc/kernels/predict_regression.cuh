@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(regression_threads) regression_fwd_kernel(cons
   constexpr int N = Columns::N;
   const Columns columns(blockIdx.x, p.columns, p.vectors);
   const bool noisy = p.variances.data != nullptr;
-  float first[N] = {}, mean[N] = {}, squares[N] = {}, noise[N] = {}, now[N] = {};
+  float first[N] = {}, middle[N] = {}, squares[N] = {}, mean[N] = {}, noise[N] = {}, now[N] = {};
   columns.load_line(first, p.means.data, p.means.column);
 #pragma unroll 4
   for (int e = 0; e < p.members; ++e) {
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(regression_threads) regression_fwd_kernel(cons
     columns.load_line(now, p.means.data + e * p.means.member, p.means.column);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const float difference = now[i] - first[i] - mean[i];
-      mean[i] += difference * share;
+      const float difference = now[i] - first[i] - middle[i];
+      mean[i] += now[i], middle[i] += difference * share;
       squares[i] += difference * difference * (float(e) * share);
     }
     if (!noisy) continue;
@@ -104,11 +104,10 @@ __global__ void __launch_bounds__(regression_threads) regression_fwd_kernel(cons
 #pragma unroll
     for (int i = 0; i < N; ++i) noise[i] += now[i];
   }
-  const float share = 1.0f / float(p.members);
   float both[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    mean[i] += first[i], squares[i] *= share, noise[i] *= share;
+    mean[i] /= float(p.members), squares[i] /= float(p.members), noise[i] /= float(p.members);
     both[i] = squares[i] + noise[i];
   }
   columns.store_line(p.mean, mean);

@@ -38,14 +38,17 @@ def ensemble_predict_regression_fwd_kernel(
     if variances is not None:
         there, _valid = member_columns(variances, block, 0, columns, v_member, v_column, BLOCK)
     origin = tl.load(here, mask=valid, other=0.0).to(tl.float32)
-    so_far = tl.zeros((BLOCK,), tl.float32)
+    middle = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
     squares = tl.zeros((BLOCK,), tl.float32)
     noise = tl.zeros((BLOCK,), tl.float32)
     for e in range(0, members):
         others = tl.cast(e, tl.float32)
         share = 1 / (others + 1)
-        difference = tl.load(here, mask=valid, other=0.0).to(tl.float32) - origin - so_far
-        so_far += difference * share
+        now = tl.load(here, mask=valid, other=0.0).to(tl.float32)
+        difference = now - origin - middle
+        total += now
+        middle += difference * share
         squares += difference * difference * (others * share)
         here += m_member
         if variances is not None:
@@ -54,7 +57,7 @@ def ensemble_predict_regression_fwd_kernel(
     squares = squares / members.to(tl.float32)
     noise = noise / members.to(tl.float32)
     n = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(mean + n, origin + so_far, mask=valid)
+    tl.store(mean + n, total / members.to(tl.float32), mask=valid)
     tl.store(variance + n, squares + noise, mask=valid)
     tl.store(aleatoric + n, noise, mask=valid)
     tl.store(epistemic + n, squares, mask=valid)
