@@ -180,8 +180,8 @@ def test_members_without_rows():
 def test_regression_losses_are_a_loop(dtype, per_member, outputs, name):
     means = torch.randn(E, B, *outputs).to(dtype).requires_grad_()
     target = torch.randn(*((E,) if per_member else ()), B, *outputs).to(dtype)
-    variances = torch.rand(E, B, *outputs).to(dtype)
-    if dtype in (torch.float32, torch.float64):
+    variances = (0.1 + torch.rand(E, B, *outputs)).to(dtype)
+    if dtype in (torch.float32, torch.float64):  # in others, gradients would be beyond their range
         variances[:, 0] = 1e-9  # below eps
     variances.requires_grad_()
 
