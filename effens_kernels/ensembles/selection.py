@@ -209,7 +209,7 @@ class EarlyStopping:
     better loss.  `restore()` gives every member its best values back.
 
     Raises:
-        ValueError: losses are not `[E]`; a tensor of the ensemble is not `[E, ...]`; patience or min_delta out of range.
+        ValueError: losses are not `[E]`; a tensor of the ensemble is not `[E, ...]`; patience or min_delta out of range
 
     Example:
         >>> import torch, effens_kernels as ek
