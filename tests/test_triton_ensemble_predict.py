@@ -35,8 +35,7 @@ def short_tiles(monkeypatch):
 @pytest.mark.parametrize(
     "sizes",
     [
-        (1, 1, 1),
-        (3, 300, 2),  # more rows than a program has
+        (2, 300, 2),  # more rows than a program has
         (5, 3, 17),
         (2, 2, 256),  # a whole tile
     ],
@@ -47,9 +46,9 @@ def test_values(sizes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("classes", [65, 128, 300])
-def test_long_rows(classes, dtype, short_tiles):
-    check(ensemble_predict, logits_of((3, 2, classes), "contiguous", dtype, "cpu"))
+def test_long_rows(dtype, short_tiles):
+    for classes in (65, 128):
+        check(ensemble_predict, logits_of((2, 2, classes), "contiguous", dtype, "cpu"))
 
 
 def test_rows_longer_than_any_tile():
@@ -107,7 +106,8 @@ def test_offsets_beyond_32_bits(short_tiles):
     """The pages between rows are never touched."""
     for classes in (3, 70):
         near = logits_of((2, 2, classes), "contiguous", torch.float16, "cpu")
-        far = torch.empty(2**32 + 2**31, dtype=torch.float16).as_strided(near.shape, (2**32, 2**31 - 8, 1)).copy_(near)
+        storage = torch.empty(2**32 + 2**31 + 128, dtype=torch.float16)
+        far = storage.as_strided(near.shape, (2**32, 2**31 - 8, 1)).copy_(near)
         results = ensemble_predict.fwd(near)
         assert all(map(torch.equal, ensemble_predict.fwd(far), results))
         grads = results[:5]
@@ -126,10 +126,7 @@ def test_empty_batches():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_regression(dtype):
-    for members, columns in [(1, 1), (5, 130)]:
-        means = torch.randn(members, columns).to(dtype)
-        check_regression(regression, means, None)
-        check_regression(regression, means, means.abs())
-    means = torch.randn(9, 6).to(dtype)
-    for view in (means.T, means[:, 1::2], means[:1].expand(3, -1)):
+    means = torch.randn(4, 130).to(dtype)
+    check_regression(regression, means, None)
+    for view in (means, means[:, :3].T, means[:1, 1::2].expand(3, -1)):
         check_regression(regression, view, view.abs())
