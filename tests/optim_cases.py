@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 EVERYTHING = "sgd-nesterov", "sgd-momentum-of_some", "adamw-amsgrad"  # every branch of the kernels, or nearly
 SHAPES = ((), (1,), (17,), (123,), (5, 3), (0, 4), (31, 1), (2, 3, 3, 3))
-LAYOUTS = "contiguous", "channels_last", "members inside", "members between", "gaps"
+LAYOUTS = "contiguous", "channels_last", "members apart", "members inside", "members between", "gaps"
 
 
 def own(option: object, member: int) -> Any:
@@ -52,6 +52,10 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     """The same values, of another order in memory."""
     if layout == "channels_last" and t.dim() == 5:
         return t.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+    if layout == "members apart":
+        wide = t.new_zeros(2 * len(t), *t.shape[1:])
+        wide[1::2] = t
+        return wide[1::2]
     if layout == "members inside":
         return t.movedim(0, -1).contiguous().movedim(-1, 0)
     if layout == "members between" and t.dim() > 2:

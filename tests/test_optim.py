@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from common import RUNNERS, runs
+from common import RUNNERS, Runner, runs
 from optim_cases import (
     EVERYTHING,
     LAYOUTS,
@@ -78,19 +78,20 @@ def test_any_strides_of_parameters_and_gradients(name, layout, runner):
     check_against_separate(name, shapes, torch.float32, runner.device, runner.backend, layout, LAYOUTS)
 
 
+@pytest.mark.parametrize("runner", [r for r in HAVE_STEPS if r.isa in (None, "avx2")], ids=str, indirect=True)
 @pytest.mark.parametrize("name", ["sgd-nesterov", "adamw-amsgrad"])
-def test_gradients_that_are_expanded_or_lazily_negated(name):
-    params = [nn.Parameter(t) for t in values([(4, 5), (6,)], torch.float64)]
-    optimizer, separate = build(name, params), Separate(kind_of(name), OPTIONS[name], params, torch.float64)
-    grads = [
-        torch.randn(MEMBERS, 1, 1, dtype=torch.float64).expand(MEMBERS, 4, 5),
-        torch._neg_view(torch.randn(MEMBERS, 6).double()),
-    ]
-    assert grads[1].is_neg()
-    for _ in range(STEPS):
+def test_gradients_that_are_expanded_or_lazily_negated(name, runner):
+    start = values([(4, 5), (6,)], torch.float32, runner.device)
+    params = [nn.Parameter(t.clone()) for t in start]
+    optimizer = build(name, params, runner.backend)
+    exact, plain = (Separate(kind_of(name), OPTIONS[name], start, d) for d in (torch.float64, torch.float32))
+    first, second = values([(1, 1), (6,)], torch.float32, runner.device)
+    grads = [first.expand(MEMBERS, 4, 5), torch._neg_view(second)]
+    for _ in range(2):
         step(optimizer, params, grads)
-        separate.step(grads)
-    assert_equal(params, separate)
+        exact.step(grads)
+        plain.step(grads)
+    assert_equal(params, exact, plain)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
@@ -242,7 +243,7 @@ def test_what_members_share_has_hyperparameters_of_its_own(kind):
 # ------------------------------------------------------------------------------------------------ active members
 
 
-@pytest.mark.parametrize("runner", HAVE_STEPS, ids=str, indirect=True)
+@pytest.mark.parametrize("runner", [Runner("reference"), *HAVE_STEPS], ids=str, indirect=True)
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_members_that_are_not_active_keep_every_bit(name, runner):
     start = values([(17,), (3, 5), ()], torch.float32, runner.device)
