@@ -17,6 +17,7 @@ from .snapshot import SnapshotEnsemble
 from .stack import StackedEnsemble, stack, unstack
 from .sub_ensemble import SubEnsemble
 from .swag import SWAG
+from .widths import pad_widths, unpad_widths
 
 __all__ = [
     "SWAG",
@@ -35,10 +36,12 @@ __all__ = [
     "convert",
     "gaussian_kl",
     "mimo_batch",
+    "pad_widths",
     "rank_paths",
     "select_members",
     "stack",
     "take_members",
+    "unpad_widths",
     "unstack",
     "update_batchnorm",
 ]
