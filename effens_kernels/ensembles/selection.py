@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops._checks import check_tensor, reject
+from ..optim._optimizer import EnsembleOptimizer
+from ..optim._per_member import PerMember
 from .stack import StackedEnsemble, member_of, stack
 
 __all__ = ["EarlyStopping", "Selection", "select_members", "take_members"]
@@ -95,7 +97,7 @@ def select_members(losses: Tensor, num_members: int, *, replacement: bool = True
     members, found = [], []
     while len(set(members)) < num_members and bool(allowed.any()):
         loss = log(len(members) + 1) - torch.logaddexp(total, likelihoods).mean(1)
-        loss = loss.nan_to_num(nan=inf).masked_fill(~allowed, inf)
+        loss = loss.masked_fill(loss.isnan() | ~allowed, inf)
         best = int(loss.argmin())
         if members and not loss[best] < found[-1]:
             break
@@ -118,12 +120,14 @@ def take_members(
     Args:
         ensemble: what :func:`effens_kernels.stack` made.
         members: their indices, or bool `[E]`, as `optimizer.active` and `EarlyStopping.active` are.
-        optimizer: one that trains the ensemble's parameters: its states and its hyperparameters of each member are
-            reduced to these members, in place, and it goes on with the new ensemble's parameters.
+        optimizer: one that trains the ensemble's parameters, each element by itself as SGD and AdamW do: its states and
+            its hyperparameters of each member are reduced to these members, in place, and it goes on with the new
+            ensemble's parameters.  Schedulers and :class:`EarlyStopping` are to be made anew.
 
     Raises:
-        TypeError: not a :class:`StackedEnsemble`, indices of another type.
-        ValueError: no members; an index out of range; an optimizer that trains something else.
+        TypeError: not a :class:`StackedEnsemble`, indices of another type, no optimizer.
+        ValueError: no members; an index out of range; an ensemble whose members share parameters; an optimizer that
+            trains something else, or has states that are not of single members (LBFGS).
 
     Example:
         >>> import torch, effens_kernels as ek
@@ -139,15 +143,17 @@ def take_members(
     chosen = _indices(op, members, ensemble.num_members)
     if ensemble.shared:
         reject(op, "ensemble", "one whose members share nothing", f"one that shares {min(ensemble.shared)}")
+    if optimizer is not None:
+        _check_optimizer(op, optimizer, ensemble)
     taken = stack([member_of(ensemble, e) for e in chosen], randomness=ensemble.randomness)
-    for old, new in zip(ensemble.modules(), taken.modules()):
-        new.training = old.training
     if optimizer is not None:
         _follow(optimizer, list(ensemble.parameters()), list(taken.parameters()), chosen, ensemble.num_members)
     return taken
 
 
 def _indices(op: str, members: Tensor | Sequence[int] | Sequence[bool], count: int) -> list[int]:
+    if not isinstance(members, (Tensor, Sequence)) or (isinstance(members, Tensor) and members.dim() != 1):
+        reject(op, "members", f"bool [E={count}] or indices", members, TypeError)
     values = members.tolist() if isinstance(members, Tensor) else list(members)
     if values and all(isinstance(value, bool) for value in values):
         if len(values) != count:
@@ -163,36 +169,49 @@ def _indices(op: str, members: Tensor | Sequence[int] | Sequence[bool], count: i
     return [value % count for value in values]
 
 
+def _check_optimizer(op: str, optimizer: torch.optim.Optimizer, ensemble: StackedEnsemble) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        reject(op, "optimizer", "None or a torch.optim.Optimizer", type(optimizer).__name__, TypeError)
+    own = {id(p) for p in ensemble.parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in own:
+                reject(op, "optimizer", "of this ensemble's parameters", "one with others")
+            for name, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and (value.dim() == 0 or len(value) == ensemble.num_members):
+                    continue
+                if isinstance(value, (Tensor, list, dict)):
+                    reject(op, f"optimizer's state {name!r}", f"[E={ensemble.num_members}, ...]", value)
+
+
 def _follow(
     optimizer: torch.optim.Optimizer, old: list[Tensor], new: list[Tensor], chosen: list[int], count: int
 ) -> None:
     """Groups and states of the old parameters become those of the new."""
-    by = {id(p): q for p, q in zip(old, new)}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) not in by:
-                reject("take_members", "optimizer", "of this ensemble's parameters", "one with others")
+    pairs = getattr(optimizer, "PAIRS", ())
 
-    def reduced(value: object, per_member: bool) -> object:
-        if isinstance(value, tuple):
-            return tuple(reduced(part, per_member) for part in value)
-        if isinstance(value, Tensor) and value.dim() and len(value) == count and per_member:
-            return type(value).of(value[chosen]) if hasattr(type(value), "of") else value[chosen].clone()
+    def reduced(name: str, value: object) -> object:
+        if name in pairs and isinstance(value, (tuple, list)):
+            return tuple(reduced("", part) for part in value)
+        if isinstance(value, Tensor) and value.dim() and len(value) == count:
+            return type(value).of(value[chosen]) if isinstance(value, PerMember) else value[chosen].clone()
+        if isinstance(value, list) and len(value) == count and name != "param_names":
+            return [value[e] for e in chosen]
         return value
 
+    by = {id(p): q for p, q in zip(old, new)}
     states = {}
     for group in optimizer.param_groups:
-        own = group.get("members", True)
-        group.update({name: reduced(value, own) for name, value in group.items() if name != "params"})
         for p in group["params"]:
-            state = {name: reduced(value, own) for name, value in optimizer.state.get(p, {}).items()}
-            if state:
-                states[by[id(p)]] = state
+            if p in optimizer.state:
+                states[by[id(p)]] = {name: reduced(name, value) for name, value in optimizer.state[p].items()}
+        group.update({name: reduced(name, value) for name, value in group.items() if name != "params"})
         group["params"] = [by[id(p)] for p in group["params"]]
     optimizer.state.clear()
     optimizer.state.update(states)
-    if hasattr(optimizer, "num_members"):
+    if isinstance(optimizer, EnsembleOptimizer):
         optimizer.num_members = len(chosen)
+        optimizer.defaults.update({name: reduced(name, value) for name, value in optimizer.defaults.items()})
 
 
 class EarlyStopping:
@@ -205,11 +224,12 @@ class EarlyStopping:
         min_delta: by how much a loss has to fall in order to be better.
 
     `step(losses)` takes the members' losses `[E]` after each epoch: members whose loss is the best so far have their
-    values copied, in one `where` per tensor.  `active` is bool `[E]`, for `optimizer.active` of `ek.optim`; NaN is no
-    better loss.  `restore()` gives every member its best values back.
+    values copied.  `active` is bool `[E]`, for `optimizer.active` of `ek.optim`; NaN is no better loss.  `restore()`
+    gives every member its best values back, and those that never had a loss the values that they began with.
 
     Raises:
-        ValueError: losses are not `[E]`; a tensor of the ensemble is not `[E, ...]`; patience or min_delta out of range
+        TypeError: no module; numbers of other types.
+        ValueError: losses are not `[E]`; a tensor of the ensemble is not `[E, ...]`; patience < 1; min_delta < 0
 
     Example:
         >>> import torch, effens_kernels as ek
@@ -228,6 +248,8 @@ class EarlyStopping:
         self, ensemble: nn.Module, num_members: int | None = None, *, patience: int = 10, min_delta: float = 0.0
     ) -> None:
         op = type(self).__name__
+        if not isinstance(ensemble, nn.Module):
+            reject(op, "ensemble", "a torch.nn.Module", type(ensemble).__name__, TypeError)
         num_members = getattr(ensemble, "num_members", None) if num_members is None else num_members
         if isinstance(num_members, bool) or not isinstance(num_members, int):
             reject(op, "num_members", "an int", repr(num_members), TypeError)
@@ -235,9 +257,13 @@ class EarlyStopping:
             reject(op, "patience", "an int", repr(patience), TypeError)
         if patience < 1:
             reject(op, "patience", "at least 1", repr(patience))
+        if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)):
+            reject(op, "min_delta", "a number", repr(min_delta), TypeError)
         if not min_delta >= 0:
             reject(op, "min_delta", "at least 0", repr(min_delta))
         self.ensemble, self.patience, self.min_delta = ensemble, patience, min_delta
+        if getattr(ensemble, "shared", None):
+            reject(op, "ensemble", "one whose members share nothing", f"one that shares {min(ensemble.shared)}")
         for name, tensor in self._tensors():
             if tensor.dim() == 0 or len(tensor) != num_members:
                 reject(op, "ensemble", f"of tensors [E={num_members}, ...]", f"{name} {list(tensor.shape)}")
@@ -261,8 +287,8 @@ class EarlyStopping:
         self.waited[better] = 0
         self.best = torch.where(better, losses, self.best)
         for name, tensor in self._tensors():
-            kept = self.values[name]
-            kept.copy_(torch.where(_along(better, tensor), tensor, kept))
+            kept = self.values[name]  # where the ensemble was when this was made
+            kept[better.to(kept.device)] = tensor[better.to(tensor.device)].to(kept)
         return self.active
 
     @torch.no_grad()
@@ -284,14 +310,10 @@ class EarlyStopping:
         given = {name: list(tensor.shape) for name, tensor in state["values"].items()}
         if given != shapes or state["best"].shape != self.best.shape:
             reject(type(self).__name__, "state", "of this ensemble", "of another")
-        self.best, self.waited = state["best"].clone(), state["waited"].clone()
+        self.best, self.waited = (state[name].to("cpu", copy=True) for name in ("best", "waited"))
         for name, tensor in state["values"].items():
             self.values[name].copy_(tensor)
 
     def _tensors(self) -> Iterable[tuple[str, Tensor]]:
         yield from self.ensemble.named_parameters()
         yield from self.ensemble.named_buffers()
-
-
-def _along(members: Tensor, t: Tensor) -> Tensor:
-    return members.to(t.device).view(-1, *(1 for _ in t.shape[1:]))
