@@ -28,7 +28,15 @@ PACKAGES = (
 PUBLIC = [
     (package, name) for package in PACKAGES for name in package.__all__ if not inspect.ismodule(getattr(package, name))
 ]
-GUIDES = "exchange", "layer-ensembles", "mixture-ensembles", "sharding", "training-ensembles", "your-model"
+GUIDES = (
+    "exchange",
+    "hyperparameter-ensembles",
+    "layer-ensembles",
+    "mixture-ensembles",
+    "sharding",
+    "training-ensembles",
+    "your-model",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
