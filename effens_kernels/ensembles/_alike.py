@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..ops._checks import reject
+from ._dropout import OWN
 
 # Of every module; what they hold is compared by itself, or is no part of the computation.
 _OWN = frozenset(vars(nn.Module())) - {"training"}
@@ -132,7 +133,7 @@ class Comparison:
         self._objects(_state(self.first), _state(self.other), "tensor")
         for path, module in first.items():
             for name in sorted(vars(module).keys() | vars(other[path]).keys()):
-                if name not in _OWN:
+                if name not in _OWN and not (name == "p" and type(module) in OWN):  # each member's own
                     here = f"{path}.{name}" if path else name
                     missing = object()
                     a, b = (vars(m).get(name, missing) for m in (module, other[path]))

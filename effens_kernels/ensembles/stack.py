@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops._checks import reject
 from ._alike import check_models
+from ._dropout import PLAIN, give_own, take_own
 from ._levels import mapped
 from ._members import Fused, assign, explained, without_fast_paths
 from ._sequential import fuse, unfuse
@@ -44,6 +45,14 @@ class _Part(nn.Module):
             part.training = part._plain.training
         return self
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Part:
+        """As in torch.nn; a probability stays what it is, in whatever dtype the models are to compute."""
+        rates = self._buffers.get("p") if type(self._plain) in PLAIN else None
+        super()._apply(fn, recurse)
+        if rates is not None:
+            self._buffers["p"] = rates.to(self._buffers["p"].device)
+        return self
+
 
 class StackedEnsemble(_Part):
     """Models of one architecture as one module, as :func:`effens_kernels.stack` makes it.
@@ -63,6 +72,9 @@ class StackedEnsemble(_Part):
     the same).  Every tensor in the model's result comes back as `[E, ...]`, in tuples, lists and dicts as the model
     arranges them; other values as the model gives them.  With `member=e` that member alone runs, on its own arguments,
     as plain PyTorch; negative numbers count from the end.  Running statistics are updated as in the members.
+
+    Where members' Dropout, Dropout1d, 2d or 3d differ in `p`, each drops by its own, and the module of that path has a
+    buffer `p` `[E]`, which is in no `state_dict`.
 
     `train()` and `eval()` work as in the members, also on a part: `ensemble.layers[1]` of members' `layers[1]` is a
     module that holds its parameters, and no more.
@@ -241,7 +253,7 @@ def stack(models: Sequence[nn.Module], *, randomness: str = "different") -> Stac
 
     Args:
         models: a list of E models of one class, whose modules have the same options; parameters and buffers have the
-            same names, shapes and dtypes.  They are copied and stay as they are.
+            same names, shapes and dtypes; only `p` of Dropout may differ.  They are copied and stay as they are.
         randomness: whether dropout and other random calls are "different" in each member, or the "same" in all.
 
     Returns:
@@ -287,6 +299,7 @@ def assembled(
     common = {id(tensor): _like(tensor, tensor.clone()) for tensor in trunk or ()}
     held = {id(tensor) for tensor in common.values()}
     _fill(ensemble, list(models), {id(plain): ensemble}, common | (stacked or {}))
+    give_own(ensemble, plain, models)
     state = (*ensemble._state("_parameters").items(), *ensemble._state("_buffers").items())
     ensemble.has_trunk = trunk is not None
     ensemble.shared = frozenset(name for name, tensor in state if id(tensor) in held)
@@ -376,4 +389,4 @@ def member_of(ensemble: StackedEnsemble, e: int) -> nn.Module:
                 if stacked is not None and id(plain[name]) not in memo:
                     common = (f"{path}.{name}" if path else name) in ensemble.shared
                     memo[id(plain[name])] = _like(stacked, (stacked if common else stacked[e]).clone())
-    return unfuse(copy.deepcopy(ensemble._plain, memo))
+    return take_own(unfuse(copy.deepcopy(ensemble._plain, memo)))
