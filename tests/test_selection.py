@@ -41,7 +41,7 @@ def brute_force(losses: Tensor, num_members: int, replacement: bool) -> tuple[li
             loss = -likelihoods[[*members, j]].mean(0).log().mean().item()
             if loss < least:
                 best, least = j, loss
-        if best is None or (members and not least < found[-1]):
+        if best is None or (members and not least < found[-1] - 1e-11):
             break
         members.append(best)
         found.append(least)
@@ -188,7 +188,7 @@ def test_what_is_added_later_has_hyperparameters_of_those_taken():
     ensemble, optimizer = make("adamw", [network() for _ in range(E)], range(E))
     optimizer.active = [True, False, True, False, True]
     take_members(ensemble, [4, 3], optimizer)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 3))]})
+    optimizer.add_param_group({"params": [("more", nn.Parameter(torch.zeros(2, 3)))]})
     for group in optimizer.param_groups:
         assert group["lr"].tolist() == [LR[4], LR[3]]
         assert group["betas"][0].tolist() == [0.2, 0.3]
@@ -236,11 +236,6 @@ BAD_TAKING = {
         lambda e: take_members(e, [0], trained_by(torch.optim.SGD)[1]),
         ValueError,
         "optimizer should be of this ensemble's parameters",
-    ),
-    "all together": (
-        lambda e: take_members(trained_by(torch.optim.LBFGS)[0], [0], trained_by(torch.optim.LBFGS)[1]),
-        ValueError,
-        "optimizer should be of this",
     ),
     "shared": (
         lambda e: take_members(ek.convert(network(), "sub_ensemble", 3, split="3").model, [0]),

@@ -99,7 +99,7 @@ def select_members(losses: Tensor, num_members: int, *, replacement: bool = True
         loss = log(len(members) + 1) - torch.logaddexp(total, likelihoods).mean(1)
         loss = loss.masked_fill(loss.isnan() | ~allowed, inf)
         best = int(loss.argmin())
-        if members and not loss[best] < found[-1]:
+        if members and not loss[best] + 1e-12 * (1 + loss[best].abs()) < found[-1]:  # by more than rounding
             break
         if not replacement:
             allowed[best] = False
@@ -279,7 +279,7 @@ class EarlyStopping:
     @torch.no_grad()
     def step(self, losses: Tensor | Sequence[float]) -> Tensor:
         """Take note of the members' losses `[E]`; returns `active`.  Members that have stopped stay so."""
-        losses = torch.as_tensor(losses).detach().to("cpu", torch.float64)
+        losses = torch.as_tensor(losses, dtype=torch.float64, device="cpu").detach()
         if losses.shape != self.best.shape:
             reject(type(self).__name__, "losses", f"[E={len(self.best)}]", losses)
         better = self.active & (losses < self.best - self.min_delta)

@@ -16,7 +16,7 @@ from .stack import copied
 __all__ = ["pad_widths", "unpad_widths"]
 
 # Attributes that are sizes, by type, and how many axes of the weight these are (those that follow are the kernel's).
-_CHANNELS = ("in_channels", "out_channels")
+_CHANNELS = ("in_channels", "out_channels", "groups")
 _SIZES: dict[type[nn.Module], tuple[tuple[str, ...], int]] = {
     nn.Linear: (("in_features", "out_features"), 2),
     nn.Bilinear: (("in1_features", "in2_features", "out_features"), 3),
@@ -156,7 +156,7 @@ def _sizes(models: Sequence[nn.Module]) -> dict[tuple[str, str], int]:
     for model in models:
         for path, module in model.named_modules(remove_duplicate=False):
             names, _ = _SIZES.get(type(module), ((), 0))
-            for name in (*names, *["groups"] * _depthwise(module)):
+            for name in names:
                 sizes[path, name] = max(sizes.get((path, name), 0), getattr(module, name))
     return sizes
 
@@ -199,8 +199,9 @@ def _resized(model: nn.Module, shapes: dict[Name, torch.Size], sizes: dict[tuple
         return result
 
     result = copied(model, values)
-    for (path, name), size in sizes.items():
-        setattr(result.get_submodule(path), name, size)
+    for path, module in result.named_modules(remove_duplicate=False):
+        for name in _SIZES.get(type(module), ((), 0))[0]:
+            setattr(module, name, sizes[path, name])
     return result
 
 
