@@ -29,6 +29,7 @@ PUBLIC = [
     (package, name) for package in PACKAGES for name in package.__all__ if not inspect.ismodule(getattr(package, name))
 ]
 GUIDES = (
+    "choosing",
     "exchange",
     "hyperparameter-ensembles",
     "layer-ensembles",
