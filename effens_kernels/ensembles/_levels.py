@@ -58,3 +58,10 @@ def beneath(level: int, call: Callable[..., Tensor], *tensors: Tensor | None) ->
 def _of_members(t: Tensor) -> Tensor:
     dim = _functorch.maybe_get_bdim(t)
     return _functorch.get_unwrapped(t).movedim(dim, 0)
+
+
+def of_member(t: Tensor, e: int) -> Tensor:
+    """A copy of what is left in an attribute, which is of all members if their code assigned it in a forward."""
+    if _functorch.is_batchedtensor(t):
+        t = _functorch.get_unwrapped(t).select(_functorch.maybe_get_bdim(t), e)
+    return t.detach().clone()
