@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..ops._checks import reject
 from ._alike import check_models
-from ._levels import mapped, of_member
+from ._levels import is_result, mapped, of_member
 from ._members import Fused, assign, explained, without_fast_paths
 from ._sequential import fuse, unfuse
 
@@ -378,7 +378,7 @@ def unstack(model: StackedEnsemble) -> list[nn.Module]:
 @torch.no_grad()
 def member_of(ensemble: StackedEnsemble, e: int) -> nn.Module:
     kept = pytree.tree_leaves([vars(module) for module in ensemble._plain.modules()])
-    memo: dict[int, object] = {id(t): of_member(t, e) for t in kept if isinstance(t, Tensor) and not t.is_meta}
+    memo: dict[int, object] = {id(t): of_member(t, e) for t in kept if isinstance(t, Tensor) and is_result(t)}
     for path, part in ensemble.named_modules():
         for own, plain in ((part._parameters, part._plain._parameters), (part._buffers, part._plain._buffers)):
             for name, stacked in own.items():
