@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -261,6 +262,58 @@ def test_unstack_gives_the_same_bits(name):
         storages |= own
         for a, b in zip(tensors(plain(*inputs)), tensors(model(*inputs))):
             assert torch.equal(a, b)
+
+
+def test_results_kept_in_attributes_are_unstacked_too():
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.seen, self.offset = nn.Linear(6, 4), [], torch.ones(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = self.linear(x)
+            self.seen.append(self.last + self.offset)
+            return self.last
+
+    ensemble = ek.stack([Keeps() for _ in range(E)])
+    x = torch.randn(B, 6)
+    y = ensemble(x)
+    for e, model in enumerate(ek.unstack(ensemble)):
+        close(model.last, y[e])
+        close(model.seen[0], y[e] + 1)
+        assert ek.stack([model])(x).shape == (1, B, 4)
+        close(model(x), y[e])
+    assert ensemble(x).shape == (E, B, 4)
+
+
+def test_a_forward_of_an_objects_own_runs():
+    """Assigned to one layer rather than to its class, also where nn.Sequential would compute it with the next one."""
+
+    def doubled(self: nn.Module, x: Tensor) -> Tensor:
+        return 2 * type(self).forward(self, x)
+
+    def model(n: int) -> nn.Module:
+        layers = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh())
+        layers[n].forward = MethodType(doubled, layers[n])
+        return layers
+
+    x = torch.randn(B, 6)
+    for n in range(4):
+        models = [model(n) for _ in range(E)]
+        close(ek.stack(models)(x), torch.stack([m(x) for m in models]))
+
+
+def test_parts_are_indexed_as_in_the_members():
+    def net() -> nn.Module:
+        return nn.ModuleDict({"a": nn.ModuleList([nn.Linear(6, 4), nn.Linear(4, 2)])})
+
+    ensemble = ek.stack([net() for _ in range(E)])
+    assert ensemble["a"][-1] is ensemble.get_submodule("a.1")
+    ensemble["a"][0].requires_grad_(False)
+    assert [p.requires_grad for p in ensemble.parameters()] == [False, False, True, True]
+    for wrong in (2, slice(1)):
+        with pytest.raises((IndexError, TypeError)):
+            ensemble["a"][wrong]
 
 
 def test_unstack_after_training():

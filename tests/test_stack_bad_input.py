@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 from stack_cases import B, E
@@ -138,6 +140,14 @@ def test_alike_enough():
     assert ek.unstack(ensemble)[1].sizes == [1, (2, 3)]
 
 
+def test_arrays_are_compared_by_value():
+    grid = np.array([0.0, 1.0, float("nan")])
+    assert ek.stack([Net(grid=grid.copy()) for _ in range(E)])(torch.randn(B, 6)).shape == (E, B, 4)
+    for other in (grid + 1, grid[:2], grid.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"got models\[1\]\.grid"):
+            ek.stack([Net(grid=grid), Net(grid=other)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
@@ -193,6 +203,10 @@ CANNOT = {
     "store": (store_shared, "writes values of each member into a tensor that all members share"),
     "checkpoint": (lambda linear, x: checkpoint(linear, x, use_reentrant=False), "goes around the whole ensemble"),
     "reentrant": (lambda linear, x: checkpoint(linear, x, use_reentrant=True), "goes around the whole ensemble"),
+    "checkpoint without layers": (
+        lambda linear, x: checkpoint(torch.sin, linear(x), use_reentrant=False),
+        "goes around",
+    ),
     "format": (
         lambda linear, x: linear(x)[:, None, None].contiguous(memory_format=torch.channels_last),
         "x.to(memory_format=...) can be mapped",
@@ -210,6 +224,13 @@ def test_what_cannot_run_for_all_is_named(name):
         ensemble(torch.randn(B, 6, requires_grad=name == "reentrant"))
     assert str(caught.value).startswith("stack: 1")
     assert all(p.is_meta for p in ensemble._plain.parameters())  # nothing of the call is left behind
+
+
+def test_layers_of_a_sequential_are_named():
+    """Linear layers and activations, which run as one call."""
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Sequential(nn.Linear(5, 2), nn.Tanh()))
+    with pytest.raises(RuntimeError, match=r"^stack: 2\.0 \(Linear\) failed"):
+        ek.stack([copy.deepcopy(net) for _ in range(E)])(torch.randn(B, 6))
 
 
 def test_packed_sequences_are_named():

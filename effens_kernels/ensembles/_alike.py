@@ -191,8 +191,14 @@ class Comparison:
         if isinstance(a, partial):
             return self.same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords))
         if type(a).__eq__ is not object.__eq__:
-            return bool(a == b)
+            return _equal(a, b)
         return hasattr(a, "__dict__") and self.same(vars(a), vars(b))
+
+
+def _equal(a: object, b: object) -> bool:
+    if hasattr(a, "shape") and hasattr(a, "dtype"):  # arrays, which compare element by element
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+    return bool(a == b)
 
 
 def _told(tensor: Tensor | None) -> str:

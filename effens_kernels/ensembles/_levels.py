@@ -58,3 +58,15 @@ def beneath(level: int, call: Callable[..., Tensor], *tensors: Tensor | None) ->
 def _of_members(t: Tensor) -> Tensor:
     dim = _functorch.maybe_get_bdim(t)
     return _functorch.get_unwrapped(t).movedim(dim, 0)
+
+
+def is_result(t: Tensor) -> bool:
+    """Of a call, which cannot be copied as it is."""
+    return _functorch.is_batchedtensor(t) or t.grad_fn is not None
+
+
+def of_member(t: Tensor, e: int) -> Tensor:
+    """A copy of what is left in an attribute, which is of all members if their code assigned it in a forward."""
+    if _functorch.is_batchedtensor(t):
+        t = _functorch.get_unwrapped(t).select(_functorch.maybe_get_bdim(t), e)
+    return t.detach().clone()

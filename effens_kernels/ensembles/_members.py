@@ -59,9 +59,9 @@ class Fused(TorchFunctionMode):
         self, func: Callable, types: object, args: tuple = (), kwargs: dict[str, object] | None = None
     ) -> object:
         kwargs = kwargs or {}
-        rule = RULES.get(func)
-        if rule is not None and self.saving != _saving():
+        if self.saving != _saving():  # whatever the call: what it saves would be read when vmap is over
             raise RuntimeError(SAVING)
+        rule = RULES.get(func)
         if torch.compiler.is_compiling() and getattr(func, "__name__", None) == "unflatten":
             rule = _unflatten  # torch.compile cannot trace this method beneath a mode, nor find it in a table
         return func(*args, **kwargs) if rule is None else rule(self, *args, **kwargs)
@@ -377,4 +377,5 @@ def _place(error: BaseException, member: nn.Module) -> str:
             found = owner
         trace = trace.tb_next
     path = paths[id(found)]
-    return f"{path} ({type(found).__name__})" if path else f"the model's forward ({type(found).__name__})"
+    kind = found._get_name()  # as its repr says: a stand-in for a class of torch.nn has that one's
+    return f"{path} ({kind})" if path else f"the model's forward ({kind})"

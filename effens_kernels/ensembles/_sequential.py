@@ -35,17 +35,28 @@ class FusedSequential(nn.Sequential):
         n = 0
         while n < len(layers):
             layer = layers[n]
-            then = fused_name(layers[n + 1]) if type(layer) is nn.Linear and n + 1 < len(layers) else None
+            then = _activation_after(layer, layers[n + 1]) if n + 1 < len(layers) else None
             if then is None:
                 input = layer(input)
             else:
-                input = linear_activation(input, layer.weight, layer.bias, then)
+                input = _with_activation(layer, input, then)
                 n += 1
             n += 1
         return input
 
     def _get_name(self) -> str:
         return "Sequential"
+
+
+def _activation_after(layer: nn.Module, then: nn.Module) -> str | None:
+    """What the next module computes, if both are torch.nn's own; an object may have a `forward` of its own."""
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer) and "forward" not in vars(then)
+    return fused_name(then) if plain else None
+
+
+def _with_activation(self: nn.Linear, input: Tensor, activation: str) -> Tensor:
+    """`self`, as in the layer's own code: that is where an error is said to be."""
+    return linear_activation(input, self.weight, self.bias, activation)
 
 
 def fuse(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..ops._checks import reject
 from ._alike import check_models
 from ._dropout import PLAIN, give_own, take_own
-from ._levels import mapped
+from ._levels import is_result, mapped, of_member
 from ._members import Fused, assign, explained, without_fast_paths
 from ._sequential import fuse, unfuse
 
@@ -38,6 +38,14 @@ class _Part(nn.Module):
         super().__init__()
         # Not registered: it has the member's code and options, and the values of no member.
         self.__dict__["_plain"] = plain
+
+    def __getitem__(self, key: int | str) -> _Part:
+        """Of members' `module[key]`, as nn.Sequential, nn.ModuleList and nn.ModuleDict understand it."""
+        below = self._plain[key]
+        for name, part in self._modules.items():
+            if part is not None and part._plain is below:
+                return self._modules[name]
+        raise TypeError(f"{type(self).__name__}: {key!r} should name one module of {self._plain._get_name()}")
 
     def train(self, mode: bool = True) -> _Part:
         self._plain.train(mode)  # which may have ideas of its own about its parts
@@ -382,7 +390,8 @@ def unstack(model: StackedEnsemble) -> list[nn.Module]:
 
 @torch.no_grad()
 def member_of(ensemble: StackedEnsemble, e: int) -> nn.Module:
-    memo: dict[int, object] = {}
+    kept = pytree.tree_leaves([vars(module) for module in ensemble._plain.modules()])
+    memo: dict[int, object] = {id(t): of_member(t, e) for t in kept if isinstance(t, Tensor) and is_result(t)}
     for path, part in ensemble.named_modules():
         for own, plain in ((part._parameters, part._plain._parameters), (part._buffers, part._plain._buffers)):
             for name, stacked in own.items():
