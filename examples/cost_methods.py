@@ -46,9 +46,14 @@ def each_alone(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def each_its_share(model: nn.Module, members: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Members see parts of the batch, but for rows that are left over: in all, the products of one network."""
+    """Members see parts of the batch, but for rows that are left over: in all, the products of one network.
+
+    Of a last batch with fewer rows than members, each sees all.
+    """
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
+        if len(y) < members:
+            return ek.losses.ensemble_cross_entropy(model(x), y)
         rows = len(y) // members * members
         x, y = (t[:rows].unflatten(0, (members, -1)) for t in (x, y))
         return ek.losses.ensemble_cross_entropy(model(x, per_member=True), y)

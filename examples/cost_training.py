@@ -62,7 +62,7 @@ class Loop:
     ) -> None:
         generator = self.settings.generator(1)
         model.train()
-        for _ in range(epochs or self.settings.epochs):
+        for _ in range(self.settings.epochs if epochs is None else epochs):
             begin, steps, untimed = perf_counter(), 0, 0.0
             for x, y in self.data.batches(self.settings.batch, generator):
                 if self.steps < COUNTED:

@@ -107,6 +107,15 @@ def test_bad_input_is_named(error, parameters, options, message):
         clip_grad_norm_(parameters, **{"max_norm": 1.0, **options})
 
 
+def test_without_a_limit_norms_alone_are_computed():
+    params = with_gradients(torch.float32)
+    before = [p.grad.clone() for p in params[1:]]
+    expected, _ = separate(params, [inf] * MEMBERS, 2.0, torch.float32)
+    torch.testing.assert_close(clip_grad_norm_(params, inf), expected)
+    clip_grad_norm_(params, [inf] * MEMBERS)
+    assert all(torch.equal(p.grad, g) for p, g in zip(params[1:], before))
+
+
 def test_sparse_gradients_are_named():
     p = nn.Parameter(torch.randn(3, 2))
     p.grad = torch.randn(3, 2).to_sparse()

@@ -42,6 +42,20 @@ def test_every_method_learns(table, data):
         assert trained.peak > 0
 
 
+def test_one_epoch_is_one(table, data):
+    for name in ("single network", "SWAG"):
+        ticks = []
+        run(table, data, name, epochs=1, tick=lambda ticks=ticks: ticks.append(1))
+        assert len(ticks) == 1, name
+
+
+def test_a_batch_of_fewer_rows_than_members(table, data):
+    rest = len(data.y_train) % 128
+    for name in ("BatchEnsemble, batch split", "Masksembles"):
+        trained = run(table, data, name, members=rest + 1, epochs=1)
+        assert trained.predict(data.x_test).isfinite().all(), name
+
+
 def test_a_loop_and_a_stack_are_one_ensemble(table, data):
     loop, stack = (run(table, data, f"standard ensemble{how}") for how in (", a loop", ""))
     with torch.inference_mode():

@@ -99,6 +99,23 @@ def test_training_goes_on_from_a_checkpoint(name):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("name", ["sgd-nesterov", "adamw-amsgrad"])
+def test_steps_stay_on_the_cpu_wherever_a_checkpoint_was_loaded(name):
+    """`torch.load(..., map_location="cuda")` moves them too."""
+    place = {"device": "cuda" if torch.cuda.is_available() else "cpu", "dtype": torch.float32}
+    params = [nn.Parameter(t) for t in values([(7,), (3, 2)], torch.float64)]
+    optimizer = build(name, params)
+    step(optimizer, params, random_grads(params))
+    saved = optimizer.state_dict()
+    states = {n: {**state, "step": state["step"].to(**place)} for n, state in saved["state"].items()}
+    optimizer.load_state_dict({**saved, "state": states})
+    step(optimizer, params, random_grads(params))
+    for p in params:
+        steps = optimizer.state[p]["step"]
+        assert (steps.device.type, steps.dtype) == ("cpu", torch.float64)
+        assert steps.max() == 2
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", ["sgd-nesterov", "adamw-amsgrad"])
 def test_a_copy_goes_on_by_itself(name, copied):

@@ -59,10 +59,13 @@ class EnsembleOptimizer(torch.optim.Optimizer):
             self._normalize(group)
             steps = [self.num_members if group["members"] else 1]
             for p in group["params"]:
-                for name, value in state["state"].get(p, {}).items():
+                own = state["state"].get(p, {})
+                for name, value in own.items():
                     expected = steps if name == "step" else list(p.shape)
                     if list(value.shape) != expected:
                         reject(self._name, f"state {name!r}", f"{expected}", value)
+                if "step" in own:  # wherever torch.load has put it
+                    own["step"] = own["step"].to("cpu", torch.float64)
         super().__setstate__(state)
 
     def state_dict(self) -> dict[str, Any]:

@@ -35,11 +35,15 @@ torch.serialization.add_safe_globals([PerMember])
 
 
 class Range(NamedTuple):
-    """Numbers from `least` to below `below`, in words: `what`."""
+    """Numbers from `least` to below `below`, or to it `with_below`, in words: `what`."""
 
     least: float
     below: float
     what: str
+    with_below: bool = False
+
+    def has(self, value: float) -> bool:
+        return self.least <= value < self.below or (self.with_below and value == self.below)
 
 
 ANY = Range(-inf, inf, "a number")
@@ -65,7 +69,7 @@ def per_member(op: str, name: str, value: object, range: Range = ANY) -> float |
     if isinstance(value, PerMember) and not len(value):
         reject(op, name, expected, "none")
     for e, one in enumerate(value.tolist() if isinstance(value, PerMember) else [value]):
-        if not range.least <= one < range.below:
+        if not range.has(one):
             reject(op, name, expected, f"{one}" + (f" at member {e}" if isinstance(value, PerMember) else ""))
     return value
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import isnan
+from math import inf, isnan
 
 import torch
 from torch import Tensor
 
 from ..ops._checks import check_tensor, reject
-from ._per_member import per_member, plain
+from ._per_member import Range, per_member, plain
+
+_LIMIT = Range(-inf, inf, "a number", with_below=True)
 
 
 @torch.no_grad()
@@ -29,7 +31,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: `[E, ...]`, the axis of members in front; those without a gradient count as 0.
-        max_norm: c, a number or one for each member: a tensor `[E]` or a list.
+        max_norm: c, a number or one for each member: a tensor `[E]` or a list; `inf` does not clip.
         norm_type: p of the p-norm; `inf` for the largest magnitude.
         error_if_nonfinite: a norm that is infinite or NaN is an error, and no gradient is changed.
 
@@ -57,7 +59,7 @@ def clip_grad_norm_(
     """
     op = "clip_grad_norm_"
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    max_norm = plain(per_member(op, "max_norm", max_norm))
+    max_norm = plain(per_member(op, "max_norm", max_norm, _LIMIT))
     members = _check(op, parameters, max_norm, norm_type)
     grads = [p.grad for p in parameters if p.grad is not None]
     first = grads[0] if grads else parameters[0]
