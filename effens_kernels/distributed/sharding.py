@@ -35,8 +35,8 @@ class ShardedEnsemble(nn.Module):
     process takes its own, or of its own alone.  Backward communicates where parameters are shared by members, and where
     an input that all members see needs a gradient: these become sums over the members of all processes, as in the whole
     ensemble.  (A module made of layers of `ek.nn` alone knows which inputs these are; it gives the gradients of this
-    process's members.)  So a loss adds up what the members' own losses are, or divides their sum by `num_members`; `.mean()` over
-    the members of one process is another thing.
+    process's members.)  So a loss adds up what the members' own losses are, or divides their sum by `num_members`;
+    `.mean()` over the members of one process is another thing.
 
     Attributes:
         num_members: E, of all processes.
