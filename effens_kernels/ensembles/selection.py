@@ -181,7 +181,7 @@ def _check_optimizer(op: str, optimizer: torch.optim.Optimizer, ensemble: Stacke
                 if isinstance(value, Tensor) and (value.dim() == 0 or len(value) == ensemble.num_members):
                     continue
                 if isinstance(value, (Tensor, list, dict)):
-                    reject(op, f"optimizer's state {name!r}", f"[E={ensemble.num_members}, ...]", value)
+                    reject(op, f"optimizer's state {name!r}", f"[E={ensemble.num_members}, ...]", type(value).__name__)
 
 
 def _follow(
