@@ -72,8 +72,8 @@ def test_shared_x_with_members_beyond_32_bits() -> None:
     check(x, weight.contiguous(), spread(grad, (1 << 30, 5, 1)))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("rows", [127, 150])  # 8 row tiles are one group, 10 are more than one
+# 8 row tiles are one group, 10 are more than one
+@pytest.mark.parametrize(("rows", "shared"), [(127, False), (150, True)])
 def test_order_of_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, shared: bool) -> None:
     """Each tile is computed once, whatever the number of row and column tiles."""
     monkeypatch.setitem(engine.TILES, "fma", (engine.Tile(16, 16, 16, 4, 2),))

@@ -105,7 +105,7 @@ def test_values_and_gradients_are_those_of_the_models(name, training):
 
 
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, eps=1e-3),
     "ensemble_adamw": lambda p: ek.optim.EnsembleAdamW(p, lr=0.01, weight_decay=0.1, eps=1e-3),
 }
