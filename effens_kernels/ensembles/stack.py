@@ -255,7 +255,7 @@ def _keep(buffers: dict[str, Tensor], assigned: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def stack(models: Sequence[nn.Module], *, randomness: str = "different") -> StackedEnsemble:
-    """One module that runs all of `models`, which are of one architecture, faster than a loop; nothing is lost.
+    """One module that runs all of `models`, which are of one architecture, in one call per layer; nothing is lost.
 
     .. math:: y_e = f(x_e;\\, \\theta_e), \\qquad e = 1 \\dots E
 
