@@ -28,9 +28,8 @@ import torch
 from torch import Tensor
 
 from ._activations import ACTIVATIONS, saves_preactivation
+from ._backend_modules import MODULES
 from ._registration import is_plain_eager, needs_grad, register, register_derivative
-
-_MODULES = {"cpu": "native", "cuda": "cuda", "triton": "triton"}  # of an op's folder, by backend
 
 
 class LinearForm:
@@ -67,7 +66,7 @@ class LinearForm:
         """The module whose fwd and bwd run on `backend`, imported at first use, since Triton takes long to import."""
         module = self._kernels.get(backend)
         if module is None:
-            module = importlib.import_module(f".{self.name}.{_MODULES[backend]}", __package__)
+            module = importlib.import_module(f".{self.name}.{MODULES[backend]}", __package__)
             self._kernels[backend] = module
         return module
 

@@ -10,23 +10,16 @@ Only the means and mu are kept.  Gradients that are not wanted are empty tensors
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from .._backend_modules import backend_modules
 from .._differentiated import must_be_seen, pullback
 from .._registration import is_plain_eager, needs_grad, register, register_derivative
 from . import reference
 from .reference import Results
 
-_MODULES = {"reference": "reference", "cpu": "native", "cuda": "cuda", "triton": "triton"}
-
-
-def kernels(backend: str) -> ModuleType:
-    """The module whose fwd and bwd run on `backend`, imported at first use, since Triton takes long to import."""
-    return importlib.import_module(f".{_MODULES[backend]}", __package__)
+kernels = backend_modules(__package__)
 
 
 def apply(means: Tensor, variances: Tensor | None, backend: str) -> Results:

@@ -9,20 +9,13 @@ Both are linear in each of their arguments, so second derivatives are made of fw
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from .._backend_modules import backend_modules
 from .._registration import is_plain_eager, needs_grad, register, register_derivative
 
-_MODULES = {"reference": "reference", "cpu": "native", "cuda": "cuda", "triton": "triton"}
-
-
-def kernels(backend: str) -> ModuleType:
-    """The module whose fwd and bwd run on `backend`, imported at first use, since Triton takes long to import."""
-    return importlib.import_module(f".{_MODULES[backend]}", __package__)
+kernels = backend_modules(__package__)
 
 
 def apply(coefficients: Tensor, templates: Tensor, backend: str) -> Tensor:

@@ -7,7 +7,6 @@ on the CPU, of `coefficients.py`.  Parameters, gradients and states are read onc
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -16,15 +15,11 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
+from .._backend_modules import backend_modules
 from .._registration import is_plain_eager
 
-_MODULES = {"reference": "reference", "cpu": "native", "cuda": "cuda", "triton": "triton"}
 Tensors = Sequence[Tensor]
-
-
-def kernels(backend: str) -> ModuleType:
-    """The module whose sgd_step_ and adamw_step_ run on `backend`, imported at first use."""
-    return importlib.import_module(f".{_MODULES[backend]}", __package__)
+kernels = backend_modules(__package__)  # of sgd_step_ and adamw_step_
 
 
 def sgd_step_(
