@@ -1,8 +1,8 @@
 """torch.func.vmap with less around it: the level of a vmap entered and left, and calls beneath it.
 
-torch.func.vmap spends 0.4 ms on trees of arguments, and as much again on each op whose rule is written in Python (torch
-2.13, a server's CPU, 2026-11-23): a layer of ten members, 64 wide, takes less.  What torch.compile and torch.export
-have to see goes by torch.func.vmap itself.
+By a rule written in Python, a small linear layer of five members takes 0.44 ms, called beneath vmap 0.11 ms; the trees
+of arguments of torch.func.vmap itself take 0.25 ms for two layers, 0.5 ms for twelve (torch 2.13, one thread of a
+server's CPU, 2026-11-23).  What torch.compile and torch.export have to see goes by torch.func.vmap itself.
 """
 
 from __future__ import annotations
